@@ -1,0 +1,219 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"mime"
+	"net/http"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// manifest is what the registry needs to know of a manifest or index, OCI or
+// Docker schema 2.
+type manifest struct {
+	SchemaVersion int          `json:"schemaVersion"`
+	MediaType     string       `json:"mediaType"`
+	Config        *descriptor  `json:"config"`
+	Layers        []descriptor `json:"layers"`
+	Manifests     []descriptor `json:"manifests"`
+}
+
+type descriptor struct {
+	MediaType string        `json:"mediaType"`
+	Digest    digest.Digest `json:"digest"`
+	Size      int64         `json:"size"`
+	URLs      []string      `json:"urls"`
+}
+
+// putManifest stores a manifest under a tag or a digest.
+func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+	content, err := readManifest(w, r)
+	if err != nil {
+		return err
+	}
+	m, err := parseManifest(r.Header.Get("Content-Type"), content)
+	if err != nil {
+		return err
+	}
+	d, tags, err := target(ref, content)
+	if err != nil {
+		return err
+	}
+	if err := m.checkBlobs(r.Context(), repo); err != nil {
+		return err
+	}
+	if err := repo.PutManifest(r.Context(), d, content, tags...); err != nil {
+		return fmt.Errorf("storing manifest %s: %w", d, err)
+	}
+	h := w.Header()
+	h.Set("Location", "/v2/"+repo.Name()+"/manifests/"+d.String())
+	h.Set("Docker-Content-Digest", d.String())
+	h.Set("Content-Length", "0")
+	w.WriteHeader(http.StatusCreated)
+	return nil
+}
+
+// deleteManifest deletes a tag, or a manifest with the tags that name it.
+func (s *Server) deleteManifest(w http.ResponseWriter, _ *http.Request, repo storage.Repository, ref string) error {
+	unknown := errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref})
+	if strings.Contains(ref, ":") {
+		d, err := parseDigest(ref)
+		if err != nil {
+			return err
+		}
+		if err := repo.DeleteManifest(d); err != nil {
+			return ifAbsent(err, unknown)
+		}
+	} else if !storage.ValidTag(ref) {
+		return errTagInvalid.because("%q is neither a tag nor a digest", ref)
+	} else if err := repo.DeleteTag(ref); err != nil {
+		return ifAbsent(err, unknown)
+	}
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusAccepted)
+	return nil
+}
+
+func readManifest(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if r.ContentLength > maxManifest {
+		return nil, errManifestTooLarge
+	}
+	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxManifest))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, errManifestTooLarge
+	}
+	if err != nil {
+		return nil, errSizeInvalid.because("the manifest was cut short")
+	}
+	return content, nil
+}
+
+// target is the digest to store content under, and the tags to point at it.
+func target(ref string, content []byte) (digest.Digest, []string, error) {
+	if !strings.Contains(ref, ":") {
+		if !storage.ValidTag(ref) {
+			return "", nil, errTagInvalid.because("%q is not a tag", ref)
+		}
+		return digest.FromBytes(content), []string{ref}, nil
+	}
+	d, err := parseDigest(ref)
+	if err != nil {
+		return "", nil, err
+	}
+	if actual := d.Algorithm().FromBytes(content); actual != d {
+		return "", nil, errDigestInvalid.because("the manifest's digest is %s", actual)
+	}
+	return d, nil, nil
+}
+
+// parseManifest checks that content is a manifest of a type that the registry
+// knows, and of the type that the client says it is.
+func parseManifest(contentType string, content []byte) (*manifest, error) {
+	var m manifest
+	if err := json.Unmarshal(content, &m); err != nil {
+		return nil, errManifestInvalid.because("the manifest is not valid JSON: %v", err)
+	}
+	if m.SchemaVersion != 2 {
+		return nil, errManifestInvalid.because("schemaVersion is %d; only 2 is supported", m.SchemaVersion)
+	}
+	declared, err := declaredType(contentType)
+	if err != nil {
+		return nil, err
+	}
+	if declared != "" && m.MediaType != "" && declared != m.MediaType {
+		return nil, errManifestInvalid.because("Content-Type is %s but mediaType is %s", declared, m.MediaType)
+	}
+	if m.MediaType == "" {
+		// Without the field the type is read off the structure ever after.
+		if structure := manifestType(content); declared != "" && declared != structure {
+			return nil, errManifestInvalid.because("Content-Type is %s, but without a mediaType field this is %s", declared, structure)
+		} else {
+			m.MediaType = structure
+		}
+	}
+	return &m, m.validate()
+}
+
+// declaredType reads a Content-Type header. Empty, and the type of any JSON,
+// declare nothing.
+func declaredType(header string) (string, error) {
+	if header == "" {
+		return "", nil
+	}
+	t, _, err := mime.ParseMediaType(header)
+	if err != nil {
+		return "", errManifestInvalid.because("Content-Type %q is malformed", header)
+	}
+	if t == "application/json" || t == "application/octet-stream" {
+		return "", nil
+	}
+	return t, nil
+}
+
+func (m *manifest) validate() error {
+	switch m.MediaType {
+	case typeOCIManifest, typeDockerManifest:
+		if m.Config == nil {
+			return errManifestInvalid.because("the manifest has no config")
+		}
+	case typeOCIIndex, typeDockerList:
+	default:
+		return errManifestInvalid.because("mediaType %q is not one that this registry stores", m.MediaType)
+	}
+	for d := range m.references {
+		if err := d.Digest.Validate(); err != nil {
+			return errManifestInvalid.because("digest %q in the manifest is invalid", d.Digest)
+		}
+		if d.Size < 0 {
+			return errManifestInvalid.because("size of %s in the manifest is negative", d.Digest)
+		}
+	}
+	return nil
+}
+
+// references yields every descriptor in the manifest.
+func (m *manifest) references(yield func(descriptor) bool) {
+	if m.Config != nil && !yield(*m.Config) {
+		return
+	}
+	for _, list := range [][]descriptor{m.Layers, m.Manifests} {
+		for _, d := range list {
+			if !yield(d) {
+				return
+			}
+		}
+	}
+}
+
+// checkBlobs makes sure that what an image manifest needs is in the repository,
+// except for layers that are to be had elsewhere. An index may be sparse: its
+// manifests need not be here.
+func (m *manifest) checkBlobs(ctx context.Context, repo storage.Repository) error {
+	if m.Config == nil {
+		return nil
+	}
+	for _, d := range append(m.Layers[:len(m.Layers):len(m.Layers)], *m.Config) {
+		f, _, err := repo.OpenLayer(ctx, d.Digest)
+		if err == nil {
+			f.Close()
+			continue
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if len(d.URLs) == 0 {
+			return errManifestBlobUnknown.because("blob %s, which the manifest refers to, is not in the repository", d.Digest).
+				with(map[string]string{"digest": d.Digest.String()})
+		}
+	}
+	return nil
+}

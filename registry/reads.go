@@ -1,0 +1,145 @@
+package registry
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// maxManifest is the largest manifest that is accepted or served: what the OCI
+// distribution specification, section "Pushing Manifests", asks for at least.
+const maxManifest = 4 << 20
+
+// getManifest answers GET and HEAD of a manifest by tag or digest. The Accept
+// header does not select: the specification has the client say what it can
+// read, but there is only one content of a digest, and a client that did not
+// list its type is better served with it than with a 404.
+func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+	d, err := resolve(repo, ref)
+	if err != nil {
+		return err
+	}
+	f, fi, err := repo.OpenManifest(r.Context(), d)
+	if err != nil {
+		return ifAbsent(err, errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref}))
+	}
+	defer f.Close()
+	if fi.Size() > maxManifest {
+		return errManifestUnknown.because("%s is no manifest: it has %d bytes", d, fi.Size())
+	}
+	content := make([]byte, fi.Size())
+	if _, err := io.ReadFull(f, content); err != nil {
+		return fmt.Errorf("reading manifest %s: %w", d, err)
+	}
+	h := w.Header()
+	h.Set("Docker-Content-Digest", d.String())
+	h.Set("Etag", `"`+d.String()+`"`)
+	if matchesETag(r, d) {
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	h.Set("Content-Type", manifestType(content))
+	h.Set("Content-Length", strconv.Itoa(len(content)))
+	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodGet {
+		w.Write(content)
+	}
+	return nil
+}
+
+// getBlob answers GET and HEAD of a blob, with ranges. From the file to a plain
+// connection the kernel moves the bytes (sendfile).
+func (s *Server) getBlob(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+	d, err := parseDigest(ref)
+	if err != nil {
+		return err
+	}
+	f, _, err := repo.OpenLayer(r.Context(), d)
+	if err != nil {
+		return ifAbsent(err, errBlobUnknown.with(map[string]string{"digest": ref}))
+	}
+	defer f.Close()
+	h := w.Header()
+	h.Set("Docker-Content-Digest", d.String())
+	h.Set("Etag", `"`+d.String()+`"`)
+	h.Set("Content-Type", "application/octet-stream")
+	http.ServeContent(w, r, "", time.Time{}, f)
+	return nil
+}
+
+// resolve turns a reference into the digest of a manifest.
+func resolve(repo storage.Repository, ref string) (digest.Digest, error) {
+	if strings.Contains(ref, ":") {
+		return parseDigest(ref)
+	}
+	if !storage.ValidTag(ref) {
+		return "", errManifestUnknown.because("%q is neither a tag nor a digest", ref)
+	}
+	d, err := repo.Tag(ref)
+	if err != nil {
+		return "", ifAbsent(err, errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref}))
+	}
+	return d, nil
+}
+
+func parseDigest(s string) (digest.Digest, error) {
+	d, err := digest.Parse(s)
+	if err != nil {
+		return "", errDigestInvalid.because("%q is not a digest", s)
+	}
+	return d, nil
+}
+
+// matchesETag reports whether the client has content d already. Clients send
+// the digest with and without the quotes that RFC 9110 asks for.
+func matchesETag(r *http.Request, d digest.Digest) bool {
+	for _, header := range r.Header["If-None-Match"] {
+		for tag := range strings.SplitSeq(header, ",") {
+			tag = strings.Trim(strings.TrimPrefix(strings.TrimSpace(tag), "W/"), `"`)
+			if tag == d.String() || tag == "*" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Media types of manifests.
+const (
+	typeOCIManifest    = "application/vnd.oci.image.manifest.v1+json"
+	typeOCIIndex       = "application/vnd.oci.image.index.v1+json"
+	typeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	typeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+)
+
+// manifestType is the media type of a stored manifest: what its mediaType field
+// says, which OCI types may leave out, and else what its structure says.
+func manifestType(content []byte) string {
+	var m struct {
+		MediaType string          `json:"mediaType"`
+		Manifests json.RawMessage `json:"manifests"`
+	}
+	if json.Unmarshal(content, &m) != nil {
+		return "application/octet-stream" // not stored by way of the API
+	}
+	switch {
+	case m.MediaType != "" && validHeaderValue(m.MediaType):
+		return m.MediaType
+	case m.Manifests != nil:
+		return typeOCIIndex
+	default:
+		return typeOCIManifest
+	}
+}
+
+func validHeaderValue(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}

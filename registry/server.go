@@ -1,0 +1,145 @@
+package registry
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// Config says what a replica serves, and where.
+type Config struct {
+	// Store holds the content. Required. The caller opens it, and closes it
+	// after Run has returned.
+	Store *storage.Store
+	// Listener is what Run serves on and closes. Required by Run; Handler
+	// works without.
+	Listener net.Listener
+	// CertFile and KeyFile are the PEM files of the serving certificate, with
+	// its chain, and of its key. They are read again when they change. Both
+	// empty: plain HTTP.
+	CertFile, KeyFile string
+	// ReadOnly is asked on every request that would change something, so that
+	// the mode can change while the replica serves; true refuses it. Nil:
+	// writes are accepted.
+	ReadOnly func() bool
+	// Logger receives the access log at debug level and faults at error level.
+	// Nil discards them.
+	Logger *slog.Logger
+	// Metrics is where the replica's metrics are registered. Nil: nowhere.
+	Metrics prometheus.Registerer
+}
+
+// drainTime is how long Run lets requests in flight finish once it is told to
+// end, before it closes their connections.
+const drainTime = 4 * time.Second
+
+// Server is one replica.
+type Server struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+	keys    *keyPair // nil for plain HTTP
+}
+
+// New validates the configuration, loads the key pair and registers the
+// metrics. It starts nothing.
+func New(cfg Config) (*Server, error) {
+	if cfg.Store == nil {
+		return nil, errors.New("registry: Store is nil")
+	}
+	if (cfg.CertFile == "") != (cfg.KeyFile == "") {
+		return nil, errors.New("registry: CertFile and KeyFile go together: set both for TLS, neither for plain HTTP")
+	}
+	s := &Server{cfg: cfg, log: cfg.Logger}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.cfg.ReadOnly == nil {
+		s.cfg.ReadOnly = func() bool { return false }
+	}
+	var err error
+	if cfg.CertFile != "" {
+		if s.keys, err = newKeyPair(cfg.CertFile, cfg.KeyFile, s.log); err != nil {
+			return nil, err
+		}
+	}
+	if s.metrics, err = newMetrics(cfg.Metrics, cfg.Store); err != nil {
+		return nil, fmt.Errorf("registering metrics: %w", err)
+	}
+	return s, nil
+}
+
+// Handler is the registry's API, without TLS.
+func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serveHTTP) }
+
+// Run serves on Config.Listener until ctx ends, then refuses new connections,
+// lets requests in flight finish for up to four seconds, and closes what is
+// left. It returns nil for an orderly end, and joins everything it started. It
+// may be called once.
+func (s *Server) Run(ctx context.Context) error {
+	if s.cfg.Listener == nil {
+		return errors.New("registry: Listener is nil")
+	}
+	srv := s.httpServer()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := s.serve(srv); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serving on %s: %w", s.cfg.Listener.Addr(), err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		if srv.Shutdown(drain) == nil {
+			return nil
+		}
+		s.log.Warn("closing connections that did not finish in time", "waited", drainTime)
+		return srv.Close()
+	})
+	if s.keys != nil {
+		g.Go(func() error {
+			s.keys.watch(ctx)
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// httpServer sets limits on what a client may keep open without sending
+// anything. There is no limit on how long a body may take in either direction:
+// layers are large and links are slow.
+func (s *Server) httpServer() *http.Server {
+	srv := &http.Server{
+		Handler:           s.Handler(),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	if s.keys != nil {
+		srv.TLSConfig = &tls.Config{
+			MinVersion:     tls.VersionTLS12,
+			GetCertificate: s.keys.get,
+		}
+	}
+	return srv
+}
+
+func (s *Server) serve(srv *http.Server) error {
+	if s.keys == nil {
+		return srv.Serve(s.cfg.Listener)
+	}
+	return srv.ServeTLS(s.cfg.Listener, "", "")
+}

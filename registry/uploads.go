@@ -1,0 +1,304 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/distribution/distribution/v3"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// The state of an upload is on the storage and nowhere else: distribution keeps
+// the bytes, and the state of the hash at the end of each chunk, under the
+// upload's id. So any replica continues what another began.
+
+// startUpload begins an upload, or makes it unnecessary: by mounting a blob
+// from another repository, or by taking all of it in this request.
+func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository) error {
+	query := r.URL.Query()
+	if mount := query.Get("mount"); mount != "" {
+		done, err := s.mount(w, r, repo, mount, query.Get("from"))
+		if done || err != nil {
+			return err
+		}
+	}
+	blobs, err := s.blobs(r.Context(), repo)
+	if err != nil {
+		return err
+	}
+	upload, err := blobs.Create(r.Context())
+	if err != nil {
+		return fmt.Errorf("starting upload: %w", err)
+	}
+	if d := query.Get("digest"); d != "" {
+		return s.finish(w, r, repo, upload, d)
+	}
+	if err := upload.Close(); err != nil {
+		return fmt.Errorf("starting upload: %w", err)
+	}
+	return uploadStatus(w, repo, upload, http.StatusAccepted)
+}
+
+// mount links a blob of another repository into this one. done is false when
+// the blob cannot be had there, for then the specification has the client
+// upload it.
+func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repository, mount, from string) (done bool, err error) {
+	d, err := parseDigest(mount)
+	if err != nil {
+		return false, err
+	}
+	source, err := s.cfg.Store.Repository(from)
+	if err != nil {
+		return false, nil
+	}
+	f, _, err := source.OpenLayer(r.Context(), d)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	f.Close()
+	if err := repo.LinkLayer(r.Context(), d); err != nil {
+		return false, fmt.Errorf("mounting %s from %s: %w", d, from, err)
+	}
+	blobCreated(w, repo, d)
+	return true, nil
+}
+
+// uploadProgress tells how much of an upload has arrived.
+func (s *Server) uploadProgress(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	upload, err := s.resume(r.Context(), repo, id)
+	if err != nil {
+		return err
+	}
+	if err := upload.Close(); err != nil {
+		return fmt.Errorf("upload %s: %w", id, err)
+	}
+	return uploadStatus(w, repo, upload, http.StatusNoContent)
+}
+
+// patchUpload appends a chunk.
+func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	upload, err := s.resume(r.Context(), repo, id)
+	if err != nil {
+		return err
+	}
+	err = receive(upload, r)
+	if cerr := upload.Close(); err == nil {
+		err = cerr
+	}
+	if errors.Is(err, errRangeInvalid) {
+		// Tell the client where to go on.
+		setUploadHeaders(w, repo, upload)
+	}
+	if err != nil {
+		return err
+	}
+	return uploadStatus(w, repo, upload, http.StatusAccepted)
+}
+
+// putUpload appends the last chunk, if there is one, and turns the upload into
+// a blob.
+func (s *Server) putUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	upload, err := s.resume(r.Context(), repo, id)
+	if err != nil {
+		return err
+	}
+	return s.finish(w, r, repo, upload, r.URL.Query().Get("digest"))
+}
+
+// cancelUpload throws an upload away.
+func (s *Server) cancelUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	upload, err := s.resume(r.Context(), repo, id)
+	if err != nil {
+		return err
+	}
+	upload.Close()
+	if err := repo.DeleteUpload(id); err != nil {
+		return fmt.Errorf("cancelling upload %s: %w", id, err)
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// finish receives what is left of an upload and commits it under its digest. A
+// client that did not send everything may go on from there; content that is
+// not what was promised is thrown away.
+func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter, ref string) error {
+	d, err := parseDigest(ref)
+	if err == nil {
+		err = receive(upload, r)
+	}
+	if err != nil {
+		upload.Close()
+		if errors.Is(err, errRangeInvalid) {
+			setUploadHeaders(w, repo, upload)
+		}
+		return err
+	}
+	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
+	if err == nil {
+		blobCreated(w, repo, d)
+		return nil
+	}
+	upload.Close() // no more than a repetition, unless Commit gave up early
+	var invalid distribution.ErrBlobInvalidDigest
+	switch {
+	case errors.As(err, &invalid):
+		err = errDigestInvalid.with(map[string]string{"digest": d.String()})
+	case errors.Is(err, distribution.ErrBlobInvalidLength):
+		err = errSizeInvalid
+	default:
+		return fmt.Errorf("committing upload %s as %s: %w", upload.ID(), d, err)
+	}
+	return errors.Join(err, repo.DeleteUpload(upload.ID()))
+}
+
+// receive appends the request's body to an upload.
+func receive(upload distribution.BlobWriter, r *http.Request) error {
+	if err := checkRange(r, upload.Size()); err != nil {
+		return err
+	}
+	body := &bodyReader{r: r.Body}
+	if _, err := upload.ReadFrom(body); err != nil {
+		if body.err != nil {
+			return errSizeInvalid.because("the chunk was cut short")
+		}
+		return fmt.Errorf("writing upload %s: %w", upload.ID(), err)
+	}
+	return nil
+}
+
+// bodyReader remembers whether it was the client that broke a copy off.
+type bodyReader struct {
+	r   io.Reader
+	err error
+}
+
+func (b *bodyReader) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if err != nil && err != io.EOF {
+		b.err = err
+	}
+	return n, err
+}
+
+// checkRange compares the Content-Range header of a chunk, "first-last" without
+// a unit, with where the upload ends.
+func checkRange(r *http.Request, size int64) error {
+	header := r.Header.Get("Content-Range")
+	if header == "" {
+		return nil
+	}
+	from, to, ok := strings.Cut(header, "-")
+	first, err1 := strconv.ParseUint(from, 10, 63)
+	last, err2 := strconv.ParseUint(to, 10, 63)
+	if !ok || err1 != nil || err2 != nil || last < first {
+		return errBlobUploadInvalid.because("Content-Range %q is not of the form <first>-<last>", header)
+	}
+	if int64(first) != size {
+		return errRangeInvalid.because("chunk begins at %d but the upload ends at %d", first, size)
+	}
+	if r.ContentLength >= 0 && r.ContentLength != int64(last-first)+1 {
+		return errSizeInvalid
+	}
+	return nil
+}
+
+func (s *Server) resume(ctx context.Context, repo storage.Repository, id string) (distribution.BlobWriter, error) {
+	if !validUploadID(id) {
+		return nil, errBlobUploadUnknown
+	}
+	blobs, err := s.blobs(ctx, repo)
+	if err != nil {
+		return nil, err
+	}
+	upload, err := blobs.Resume(ctx, id)
+	if errors.Is(err, distribution.ErrBlobUploadUnknown) {
+		return nil, errBlobUploadUnknown
+	}
+	if err != nil {
+		return nil, fmt.Errorf("resuming upload %s: %w", id, err)
+	}
+	return upload, nil
+}
+
+func (s *Server) blobs(ctx context.Context, repo storage.Repository) (distribution.BlobStore, error) {
+	name, err := reference.WithName(repo.Name())
+	if err != nil {
+		return nil, errNameInvalid.with(map[string]string{"name": repo.Name()})
+	}
+	r, err := s.cfg.Store.Namespace().Repository(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", name, err)
+	}
+	return r.Blobs(ctx), nil
+}
+
+// validUploadID reports whether id has the form of a UUID, which makes it a
+// safe path too.
+func validUploadID(id string) bool {
+	if len(id) != 36 {
+		return false
+	}
+	for i := range len(id) {
+		switch b := id[i]; {
+		case '0' <= b && b <= '9', 'a' <= b && b <= 'f':
+		case b == '-' && (i == 8 || i == 13 || i == 18 || i == 23):
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// uploadStatus answers with how far an upload has come.
+func uploadStatus(w http.ResponseWriter, repo storage.Repository, upload distribution.BlobWriter, status int) error {
+	setUploadHeaders(w, repo, upload)
+	if status != http.StatusNoContent {
+		w.Header().Set("Content-Length", "0")
+	}
+	w.WriteHeader(status)
+	return nil
+}
+
+func setUploadHeaders(w http.ResponseWriter, repo storage.Repository, upload distribution.BlobWriter) {
+	h := w.Header()
+	h.Set("Location", "/v2/"+repo.Name()+"/blobs/uploads/"+upload.ID())
+	h.Set("Docker-Upload-Uuid", upload.ID())
+	// Inclusive, so that an empty upload and one of a single byte look alike.
+	h.Set("Range", "0-"+strconv.FormatInt(max(upload.Size()-1, 0), 10))
+}
+
+func blobCreated(w http.ResponseWriter, repo storage.Repository, d digest.Digest) {
+	h := w.Header()
+	h.Set("Location", "/v2/"+repo.Name()+"/blobs/"+d.String())
+	h.Set("Docker-Content-Digest", d.String())
+	h.Set("Content-Length", "0")
+	w.WriteHeader(http.StatusCreated)
+}
+
+// deleteBlob takes a blob out of the repository.
+func (s *Server) deleteBlob(w http.ResponseWriter, _ *http.Request, repo storage.Repository, ref string) error {
+	d, err := parseDigest(ref)
+	if err != nil {
+		return err
+	}
+	if err := repo.DeleteLayer(d); err != nil {
+		return ifAbsent(err, errBlobUnknown.with(map[string]string{"digest": ref}))
+	}
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusAccepted)
+	return nil
+}

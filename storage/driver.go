@@ -1,0 +1,194 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/opencontainers/go-digest"
+)
+
+// driver is distribution's filesystem driver with two things added: blobs are
+// verified before they are read and sealed when they come into place, and what
+// has been put in place survives a power failure. Everything else is inherited.
+type driver struct {
+	storagedriver.StorageDriver
+	store *Store
+}
+
+var _ storagedriver.StorageDriver = (*driver)(nil)
+
+func (d *driver) Name() string { return DriverName }
+
+// Stat reports an unsealed blob once it has been hashed, so that a corrupt one
+// is absent for whoever is about to link to it, or to skip storing it again.
+func (d *driver) Stat(ctx context.Context, path string) (storagedriver.FileInfo, error) {
+	dgst, ok := parseBlobPath(path)
+	if !ok {
+		return d.StorageDriver.Stat(ctx, path)
+	}
+	f, fi, err := d.store.OpenBlob(ctx, dgst)
+	if err != nil {
+		return nil, d.error(path, err)
+	}
+	f.Close()
+	return fileInfo{fi, path}, nil
+}
+
+// GetContent returns the whole of a small file; a blob only when verified.
+func (d *driver) GetContent(ctx context.Context, path string) ([]byte, error) {
+	dgst, ok := parseBlobPath(path)
+	if !ok {
+		return d.StorageDriver.GetContent(ctx, path)
+	}
+	f, _, err := d.store.OpenBlob(ctx, dgst)
+	if err != nil {
+		return nil, d.error(path, err)
+	}
+	defer f.Close()
+	return io.ReadAll(f)
+}
+
+// Reader opens a file at offset; a blob only when verified.
+func (d *driver) Reader(ctx context.Context, path string, offset int64) (io.ReadCloser, error) {
+	dgst, ok := parseBlobPath(path)
+	if !ok {
+		return d.StorageDriver.Reader(ctx, path, offset)
+	}
+	if offset < 0 {
+		return nil, storagedriver.InvalidOffsetError{Path: path, Offset: offset, DriverName: DriverName}
+	}
+	f, _, err := d.store.OpenBlob(ctx, dgst)
+	if err != nil {
+		return nil, d.error(path, err)
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// PutContent stores a small file atomically and durably. A blob must be what
+// its path says, which costs next to nothing to check while it is at hand.
+func (d *driver) PutContent(ctx context.Context, path string, content []byte) error {
+	dgst, isBlob := parseBlobPath(path)
+	if isBlob && dgst.Algorithm().FromBytes(content) != dgst {
+		return fmt.Errorf("storing blob: %w: expected %s", ErrCorrupt, dgst)
+	}
+	if err := d.mkdirFor(path); err != nil {
+		return err
+	}
+	if err := d.StorageDriver.PutContent(ctx, path, content); err != nil {
+		return err
+	}
+	if isBlob {
+		d.seal(path, dgst)
+	}
+	return nil
+}
+
+// Move renames a file into place and makes the rename durable, which the driver
+// underneath does for PutContent but not here.
+//
+// The one file moved to a blob's path is an upload's data, and distribution
+// does that after it has compared the digest of everything written with the one
+// expected, and flushed the file (blobWriter.Commit). It is sealed before the
+// rename, so that it appears in the tree sealed. A move from anywhere else to a
+// blob's path brings no such promise and leaves the file to be hashed when it
+// is first read, as a crash before this point does.
+func (d *driver) Move(ctx context.Context, source, dest string) error {
+	if dgst, ok := parseBlobPath(dest); ok && isUploadData(source) {
+		d.seal(source, dgst)
+	}
+	if err := d.mkdirFor(dest); err != nil {
+		return err
+	}
+	if err := d.StorageDriver.Move(ctx, source, dest); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(d.store.path(dest)))
+}
+
+// seal marks a file that has just been verified. A file without its seal is
+// still right, only slower to read the first time, so this is no reason to
+// fail.
+func (d *driver) seal(path string, dgst digest.Digest) {
+	f, err := os.Open(d.store.path(path))
+	if err == nil {
+		err = Seal(f, dgst)
+		f.Close()
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.store.log.Warn("blob could not be sealed and will be hashed when it is read", "digest", dgst, "error", err)
+	}
+}
+
+// mkdirFor creates the missing directories above a driver path, each durable
+// before the next: a file in a directory that a power failure undoes is lost
+// however well it was flushed itself. Uploads in progress may be lost.
+func (d *driver) mkdirFor(driverPath string) error {
+	if strings.Contains(driverPath, "/_uploads/") {
+		return nil
+	}
+	return mkdirDurable(filepath.Dir(d.store.path(driverPath)))
+}
+
+func mkdirDurable(dir string) error {
+	err := os.Mkdir(dir, 0o777)
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		if err := mkdirDurable(filepath.Dir(dir)); err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o777); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	case err != nil:
+		return err
+	}
+	return syncDir(filepath.Dir(dir))
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// isUploadData reports whether a driver path is the data of an upload:
+// …/_uploads/<id>/data.
+func isUploadData(p string) bool {
+	return path.Base(p) == "data" && path.Base(path.Dir(path.Dir(p))) == "_uploads"
+}
+
+// error translates what OpenBlob returns into what distribution looks for.
+func (d *driver) error(path string, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return storagedriver.PathNotFoundError{Path: path, DriverName: DriverName}
+	}
+	return storagedriver.Error{DriverName: DriverName, Detail: err}
+}
+
+// fileInfo is a FileInfo as distribution wants it.
+type fileInfo struct {
+	fs.FileInfo
+	path string
+}
+
+func (fi fileInfo) Path() string       { return fi.path }
+func (fi fileInfo) Size() int64        { return fi.FileInfo.Size() }
+func (fi fileInfo) ModTime() time.Time { return fi.FileInfo.ModTime() }
+func (fi fileInfo) IsDir() bool        { return false }

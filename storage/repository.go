@@ -1,0 +1,378 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// ErrName is wrapped by the error for a repository name or tag outside the
+// grammar of the OCI distribution specification, section "Pulling manifests".
+var ErrName = errors.New("invalid name")
+
+const (
+	repositoriesRoot = "/docker/registry/v2/repositories/"
+	maxNameLength    = 255 // what every client accepts, host name aside
+	maxTagLength     = 128
+)
+
+// Repository is one repository of a Store. It holds no state; the repository
+// need not exist.
+type Repository struct {
+	store *Store
+	name  string
+	path  string // of the repository, as a driver path
+}
+
+// Repository returns the repository of that name, or an error that wraps
+// ErrName. A valid name is also a safe path: no component is empty, begins with
+// a dot, or begins with the underscore that marks the store's own directories.
+func (s *Store) Repository(name string) (Repository, error) {
+	if !ValidName(name) {
+		return Repository{}, fmt.Errorf("repository %q: %w", name, ErrName)
+	}
+	return Repository{store: s, name: name, path: repositoriesRoot + name}, nil
+}
+
+// Name is the repository's name, without the registry's host.
+func (r Repository) Name() string { return r.name }
+
+// Tag returns the digest of the manifest that tag names. The error is
+// fs.ErrNotExist when there is no such tag, ErrName when there cannot be one.
+func (r Repository) Tag(tag string) (digest.Digest, error) {
+	if !ValidTag(tag) {
+		return "", fmt.Errorf("tag %q: %w", tag, ErrName)
+	}
+	return r.store.readLink(r.tagLink(tag))
+}
+
+// Tags returns up to n tags in byte order, beginning after last; n < 0 means
+// all. more reports whether others follow. The error is fs.ErrNotExist when the
+// repository has never held a tag.
+func (r Repository) Tags(last string, n int) (tags []string, more bool, err error) {
+	entries, err := os.ReadDir(r.store.path(r.path + "/_manifests/tags"))
+	if err != nil {
+		return nil, false, err
+	}
+	first, found := slices.BinarySearchFunc(entries, last, func(e fs.DirEntry, last string) int {
+		return strings.Compare(e.Name(), last)
+	})
+	if found {
+		first++
+	}
+	tags = []string{}
+	for _, e := range entries[first:] {
+		if !ValidTag(e.Name()) {
+			continue
+		}
+		if n >= 0 && len(tags) == n {
+			return tags, true, nil
+		}
+		tags = append(tags, e.Name())
+	}
+	return tags, false, nil
+}
+
+// OpenManifest opens the manifest d when it belongs to this repository. The
+// error is fs.ErrNotExist when it does not, and otherwise as OpenBlob's.
+func (r Repository) OpenManifest(ctx context.Context, d digest.Digest) (*os.File, fs.FileInfo, error) {
+	return r.open(ctx, r.path+"/_manifests/revisions/", d)
+}
+
+// OpenLayer opens the blob d when it belongs to this repository. The error is
+// fs.ErrNotExist when it does not, and otherwise as OpenBlob's.
+func (r Repository) OpenLayer(ctx context.Context, d digest.Digest) (*os.File, fs.FileInfo, error) {
+	return r.open(ctx, r.path+"/_layers/", d)
+}
+
+// open follows the link that grants the repository the content. The link may
+// name the content by another algorithm than the one asked for: distribution
+// files an upload under its sha256 whatever digest the client gave.
+func (r Repository) open(ctx context.Context, links string, d digest.Digest) (*os.File, fs.FileInfo, error) {
+	if err := d.Validate(); err != nil {
+		return nil, nil, fmt.Errorf("digest %q: %w", d, err)
+	}
+	target, err := r.store.readLink(linkPath(links, d))
+	if err != nil {
+		return nil, nil, err
+	}
+	return r.store.OpenBlob(ctx, target)
+}
+
+// PutManifest stores a manifest under d, which must be the digest of content in
+// any algorithm, makes it part of the repository, and then points the tags at
+// it. It is durable when PutManifest returns. What the manifest refers to is
+// the caller's concern. The error wraps ErrCorrupt when content is not that of
+// d, ErrName for an impossible tag; nothing has been stored then.
+func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []byte, tags ...string) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", d, err)
+	}
+	for _, tag := range tags {
+		if !ValidTag(tag) {
+			return fmt.Errorf("tag %q: %w", tag, ErrName)
+		}
+	}
+	drv := r.store.driver
+	if _, err := drv.Stat(ctx, blobPath(d)); err != nil {
+		if err := drv.PutContent(ctx, blobPath(d), content); err != nil {
+			return err
+		}
+	} else if d.Algorithm().FromBytes(content) != d {
+		return fmt.Errorf("storing manifest: %w: expected %s", ErrCorrupt, d)
+	}
+	if err := r.link(ctx, linkPath(r.path+"/_manifests/revisions/", d), d); err != nil {
+		return err
+	}
+	for _, tag := range tags {
+		// The index remembers every manifest that the tag has named.
+		if err := r.link(ctx, linkPath(r.path+"/_manifests/tags/"+tag+"/index/", d), d); err != nil {
+			return err
+		}
+		if err := r.link(ctx, r.tagLink(tag), d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// LinkLayer makes the blob d, which must be stored, part of the repository. The
+// error is fs.ErrNotExist when it is not stored.
+func (r Repository) LinkLayer(ctx context.Context, d digest.Digest) error {
+	f, _, err := r.store.OpenBlob(ctx, d)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	return r.link(ctx, linkPath(r.path+"/_layers/", d), d)
+}
+
+// DeleteTag removes a tag. The manifest stays. The error is fs.ErrNotExist when
+// there is no such tag.
+func (r Repository) DeleteTag(tag string) error {
+	if _, err := r.Tag(tag); err != nil {
+		return err
+	}
+	// The link goes first: a crash half way leaves no tag rather than a tag
+	// without a history.
+	if err := os.Remove(r.store.path(r.tagLink(tag))); err != nil {
+		return err
+	}
+	return os.RemoveAll(r.store.path(r.path + "/_manifests/tags/" + tag))
+}
+
+// DeleteManifest takes the manifest d, and every tag that names it, out of the
+// repository. Its bytes stay until garbage collection. The error is
+// fs.ErrNotExist when it is not part of the repository.
+func (r Repository) DeleteManifest(d digest.Digest) error {
+	tags, err := r.tagsOf(d)
+	if err != nil {
+		return err
+	}
+	if err := r.unlink(r.path+"/_manifests/revisions/", d); err != nil {
+		return err
+	}
+	for _, tag := range tags {
+		if err := r.DeleteTag(tag); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// DeleteLayer takes the blob d out of the repository. Its bytes stay until
+// garbage collection. The error is fs.ErrNotExist when it is not part of the
+// repository.
+func (r Repository) DeleteLayer(d digest.Digest) error {
+	return r.unlink(r.path+"/_layers/", d)
+}
+
+// DeleteUpload throws away what an unfinished upload has stored. id must not
+// come from outside unchecked; deleting what is not there is no error.
+func (r Repository) DeleteUpload(id string) error {
+	return os.RemoveAll(r.store.path(r.path + "/_uploads/" + filepath.Base(id)))
+}
+
+// tagsOf returns the tags that name d.
+func (r Repository) tagsOf(d digest.Digest) ([]string, error) {
+	all, _, err := r.Tags("", -1)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var tags []string
+	for _, tag := range all {
+		target, err := r.Tag(tag)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if target == d {
+			tags = append(tags, tag)
+		}
+	}
+	return tags, nil
+}
+
+func (r Repository) tagLink(tag string) string {
+	return r.path + "/_manifests/tags/" + tag + "/current/link"
+}
+
+// link writes a link file unless it is there already.
+func (r Repository) link(ctx context.Context, path string, target digest.Digest) error {
+	if now, err := r.store.readLink(path); err == nil && now == target {
+		return nil
+	}
+	return r.store.driver.PutContent(ctx, path, []byte(target))
+}
+
+func (r Repository) unlink(links string, d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", d, err)
+	}
+	link := r.store.path(linkPath(links, d))
+	if err := os.Remove(link); err != nil {
+		return err
+	}
+	// The directory goes too, unless something has been put there again.
+	os.Remove(filepath.Dir(link))
+	return nil
+}
+
+// linkPath is the driver path of the link to d in a directory of links.
+func linkPath(links string, d digest.Digest) string {
+	return links + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+}
+
+// readLink reads the digest in a link file. One that does not hold a digest, as
+// after a power failure on a file system that does not order writes, is as good
+// as absent.
+func (s *Store) readLink(driverPath string) (digest.Digest, error) {
+	path := s.path(driverPath)
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	var buf [256]byte // the longest digest, sha512, has 135
+	n, err := f.Read(buf[:])
+	d := digest.Digest(buf[:n])
+	if n == 0 || d.Validate() != nil {
+		return "", &fs.PathError{Op: "readlink", Path: path, Err: fs.ErrNotExist}
+	}
+	return d, nil
+}
+
+// Repositories yields the names of the repositories that hold or have held a
+// manifest, sorted by component, beginning after last. It reads directories as
+// it goes; the first error ends it.
+func (s *Store) Repositories(last string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		s.walkRepositories("", last, yield)
+	}
+}
+
+// walkRepositories yields the repositories below the path dir, which is empty or
+// ends in a slash. It returns false when the consumer has had enough.
+func (s *Store) walkRepositories(dir, last string, yield func(string, error) bool) bool {
+	entries, err := os.ReadDir(s.path(repositoriesRoot + dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return true // removed meanwhile
+	}
+	if err != nil {
+		yield("", err)
+		return false
+	}
+	for _, e := range entries {
+		name := dir + e.Name()
+		if !e.IsDir() || !ValidName(name) {
+			continue
+		}
+		inside := strings.HasPrefix(last, name+"/")
+		if !inside && compareNames(name, last) < 0 {
+			continue // everything below sorts before last, too
+		}
+		if compareNames(name, last) > 0 && s.isRepository(name) && !yield(name, nil) {
+			return false
+		}
+		if !s.walkRepositories(name+"/", last, yield) {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Store) isRepository(name string) bool {
+	fi, err := os.Stat(s.path(repositoriesRoot + name + "/_manifests"))
+	return err == nil && fi.IsDir()
+}
+
+// compareNames orders names by component, which is the order in which a walk of
+// sorted directories meets them.
+func compareNames(a, b string) int {
+	return slices.Compare(strings.Split(a, "/"), strings.Split(b, "/"))
+}
+
+// ValidName reports whether name is a repository name: components of lower case
+// letters and digits, joined inside by one period, one or two underscores, or
+// hyphens, and between them by slashes.
+func ValidName(name string) bool {
+	if name == "" || len(name) > maxNameLength {
+		return false
+	}
+	for component := range strings.SplitSeq(name, "/") {
+		if !validComponent(component) {
+			return false
+		}
+	}
+	return true
+}
+
+func validComponent(c string) bool {
+	separator := 0 // where the run of separators that ends here began, plus one
+	for i := range len(c) {
+		switch b := c[i]; {
+		case 'a' <= b && b <= 'z', '0' <= b && b <= '9':
+			if separator > 0 && !validSeparator(c[separator-1:i]) {
+				return false
+			}
+			separator = 0
+		case b == '.', b == '_', b == '-':
+			if i == 0 {
+				return false
+			}
+			if separator == 0 {
+				separator = i + 1
+			}
+		default:
+			return false
+		}
+	}
+	return c != "" && separator == 0
+}
+
+func validSeparator(s string) bool {
+	return s == "." || s == "_" || s == "__" || strings.Trim(s, "-") == ""
+}
+
+// ValidTag reports whether tag is a tag: up to 128 letters, digits,
+// underscores, periods and hyphens, the first neither period nor hyphen.
+func ValidTag(tag string) bool {
+	if tag == "" || len(tag) > maxTagLength || tag[0] == '.' || tag[0] == '-' {
+		return false
+	}
+	for i := range len(tag) {
+		switch b := tag[i]; {
+		case 'a' <= b && b <= 'z', 'A' <= b && b <= 'Z', '0' <= b && b <= '9', b == '_', b == '.', b == '-':
+		default:
+			return false
+		}
+	}
+	return true
+}
