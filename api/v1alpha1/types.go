@@ -1,0 +1,296 @@
+package v1alpha1
+
+import (
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	// Group is the API group of the resource.
+	Group = "connectedregistry.io"
+	// Version is the API version that this package describes.
+	Version = "v1alpha1"
+	// Kind is the kind of the resource.
+	Kind = "ConnectedRegistry"
+	// APIVersion is what a document's apiVersion must say.
+	APIVersion = Group + "/" + Version
+)
+
+// ConnectedRegistry is a registry that keeps selected content of a parent
+// registry close to the nodes that run it.
+type ConnectedRegistry struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// Spec is what the operator asks for.
+	Spec Spec `json:"spec,omitempty"`
+	// Status is what is there. It is written by the program; in a file it is
+	// checked and otherwise of no effect, as with kubectl apply.
+	Status Status `json:"status,omitempty"`
+}
+
+// Spec is what the operator asks for.
+type Spec struct {
+	// Mode says whether clients may push. Default ReadOnly.
+	Mode Mode `json:"mode,omitempty"`
+	// LoginServer is the host, with a port unless it is 443, by which clients
+	// reach this registry. Empty: the address it listens on.
+	LoginServer string `json:"loginServer,omitempty"`
+	// Parent is where the content comes from. Without one nothing is
+	// synchronised.
+	Parent *Parent `json:"parent,omitempty"`
+	// Repositories is the content to keep here. Empty: none.
+	Repositories []Repository `json:"repositories,omitempty"`
+	// Sync says when and how the content is brought here.
+	Sync Sync `json:"sync,omitempty"`
+	// AnonymousPull lets clients read without credentials.
+	AnonymousPull bool `json:"anonymousPull,omitempty"`
+	// ClientTokens are the credentials of this registry's clients.
+	ClientTokens []ClientToken `json:"clientTokens,omitempty"`
+	// Mirrors are the registries whose pulls nodes bring here first.
+	Mirrors []Mirror `json:"mirrors,omitempty"`
+	// NodeCache bounds the cache on each node.
+	NodeCache NodeCache `json:"nodeCache,omitempty"`
+	// LogLevel is the least severe level that is logged. Default Information.
+	LogLevel LogLevel `json:"logLevel,omitempty"`
+}
+
+// Mode says whether clients may push.
+type Mode string
+
+const (
+	// ModeReadOnly serves what was synchronised and refuses pushes.
+	ModeReadOnly Mode = "ReadOnly"
+	// ModeReadWrite takes pushes as well.
+	ModeReadWrite Mode = "ReadWrite"
+)
+
+// LogLevel is the least severe level that is logged, in Azure's words.
+type LogLevel string
+
+// The levels, from the most to the least talkative.
+const (
+	LogLevelDebug       LogLevel = "Debug"
+	LogLevelInformation LogLevel = "Information"
+	LogLevelWarning     LogLevel = "Warning"
+	LogLevelError       LogLevel = "Error"
+	LogLevelNone        LogLevel = "None"
+)
+
+// Parent is the registry that the content comes from. At most one of
+// CredentialsSecretRef and ConnectionStringSecretRef is set; with neither the
+// parent is read anonymously.
+type Parent struct {
+	// Endpoint is the parent's host, with a port unless it is the scheme's own;
+	// "https://" or "http://" may stand in front. Required, unless a connection
+	// string names the parent; then it stays empty.
+	Endpoint string `json:"endpoint,omitempty"`
+	// Insecure speaks plain HTTP to the parent, as an http:// endpoint does too.
+	Insecure bool `json:"insecure,omitempty"`
+	// CredentialsSecretRef names a Secret with the keys username and password,
+	// or .dockerconfigjson.
+	CredentialsSecretRef *SecretRef `json:"credentialsSecretRef,omitempty"`
+	// ConnectionStringSecretRef names a Secret whose key connectionString holds
+	// an Azure connection string; see ParseConnectionString.
+	ConnectionStringSecretRef *SecretRef `json:"connectionStringSecretRef,omitempty"`
+	// CASecretRef names a Secret whose key ca.crt holds the certificates that
+	// the parent's chain is verified against, instead of the system's.
+	CASecretRef *SecretRef `json:"caSecretRef,omitempty"`
+}
+
+// SecretRef names a Secret in the resource's namespace. In standalone mode that
+// is a directory of this name with one file per key.
+type SecretRef struct {
+	// Name is the Secret's name, a DNS subdomain. Required.
+	Name string `json:"name"`
+}
+
+// The keys that are read from Secrets.
+const (
+	SecretKeyUsername         = "username"
+	SecretKeyPassword         = "password"
+	SecretKeyDockerConfigJSON = ".dockerconfigjson"
+	SecretKeyConnectionString = "connectionString"
+	SecretKeyCA               = "ca.crt"
+	SecretKeyPassword1        = "password1"
+	SecretKeyPassword2        = "password2"
+)
+
+// Repository selects content of the parent. Where several entries match one
+// repository, what any of them selects is kept.
+type Repository struct {
+	// Name is a repository's name, or a glob over the parent's catalogue; see
+	// ParseGlob. Required.
+	Name string `json:"name"`
+	// Tags selects among the repository's tags.
+	Tags Tags `json:"tags,omitempty"`
+	// Platforms selects among the children of an image index, as
+	// os/architecture or os/architecture/variant ("linux/amd64",
+	// "linux/arm/v7"). Empty: all of them.
+	Platforms []string `json:"platforms,omitempty"`
+}
+
+// Tags selects tags: those that match Include and do not match Exclude.
+type Tags struct {
+	// Include are globs; see ParseGlob. Empty: every tag.
+	Include []string `json:"include,omitempty"`
+	// Exclude are globs; see ParseGlob.
+	Exclude []string `json:"exclude,omitempty"`
+}
+
+// Sync says when and how content is brought here.
+type Sync struct {
+	// Schedule is a cron line of five fields, in UTC. Default "* * * * *".
+	Schedule string `json:"schedule,omitempty"`
+	// Window is how long one synchronisation may last, as an ISO 8601 duration
+	// between PT1M and P7D. What is not done by then goes on in the next.
+	// Empty: as long as it takes.
+	Window string `json:"window,omitempty"`
+	// Concurrency is how many blobs are fetched at once, from 1 to 64.
+	// Default 6.
+	Concurrency int `json:"concurrency,omitempty"`
+	// Referrers brings the signatures, attestations and other referrers of
+	// every manifest that is kept. Default true.
+	Referrers *bool `json:"referrers,omitempty"`
+}
+
+// ClientToken is the credential of a client of this registry.
+type ClientToken struct {
+	// Name is the user name. Required.
+	Name string `json:"name"`
+	// SecretRef names a Secret with the keys password1 and password2, of which
+	// one may be missing. Required.
+	SecretRef SecretRef `json:"secretRef"`
+	// ScopeMap is what the client may do. Required.
+	ScopeMap []Scope `json:"scopeMap"`
+}
+
+// Scope lets a client do some actions on some repositories.
+type Scope struct {
+	// Repositories are globs; see ParseGlob. Required.
+	Repositories []string `json:"repositories"`
+	// Actions are what is allowed there. Required.
+	Actions []Action `json:"actions"`
+}
+
+// Action is one of Azure's scope-map actions.
+type Action string
+
+// The actions.
+const (
+	ActionContentRead   Action = "content/read"
+	ActionContentWrite  Action = "content/write"
+	ActionContentDelete Action = "content/delete"
+	ActionMetadataRead  Action = "metadata/read"
+	ActionMetadataWrite Action = "metadata/write"
+)
+
+// Mirror is a registry whose pulls nodes bring here first.
+type Mirror struct {
+	// Registry is its host as it stands in image names, with a port if it has
+	// one there. Required.
+	Registry string `json:"registry"`
+	// ResolveTags lets this registry answer what a tag stands for. False: tags
+	// are always asked of the registry itself. Default true.
+	ResolveTags *bool `json:"resolveTags,omitempty"`
+	// Fallback lets a node go to the registry itself for what is not here.
+	// Default true.
+	Fallback *bool `json:"fallback,omitempty"`
+}
+
+// NodeCache bounds the cache on each node.
+type NodeCache struct {
+	// MaxSize is the most that the cache may occupy, for example "20Gi".
+	// Empty: bounded by MinFreeDisk alone.
+	MaxSize *resource.Quantity `json:"maxSize,omitempty"`
+	// MinFreeDisk is what the cache leaves free on its file system, for example
+	// "5Gi". Empty: the cache's own default.
+	MinFreeDisk *resource.Quantity `json:"minFreeDisk,omitempty"`
+}
+
+// Status is what is there.
+type Status struct {
+	// ConnectionState is the state of the connection to the parent.
+	ConnectionState ConnectionState `json:"connectionState,omitempty"`
+	// LastSyncTime is the end of the last synchronisation that succeeded.
+	LastSyncTime *metav1.Time `json:"lastSyncTime,omitempty"`
+	// NextSyncTime is the start of the next synchronisation on schedule.
+	NextSyncTime *metav1.Time `json:"nextSyncTime,omitempty"`
+	// RegistrySyncResult is the last synchronisation, or the one under way.
+	RegistrySyncResult *RegistrySyncResult `json:"registrySyncResult,omitempty"`
+	// Repositories says of each selected repository how complete it is, by
+	// name.
+	Repositories []RepositoryStatus `json:"repositories,omitempty"`
+}
+
+// ConnectionState is the state of the connection to the parent.
+type ConnectionState string
+
+// The states. Empty: no synchronisation has ended yet.
+const (
+	// ConnectionStateOnline: the last synchronisation reached the parent and
+	// brought everything.
+	ConnectionStateOnline ConnectionState = "Online"
+	// ConnectionStateOffline: the parent could not be reached.
+	ConnectionStateOffline ConnectionState = "Offline"
+	// ConnectionStateSyncing: a synchronisation is under way.
+	ConnectionStateSyncing ConnectionState = "Syncing"
+	// ConnectionStateUnhealthy: the parent answered, but not everything could
+	// be brought.
+	ConnectionStateUnhealthy ConnectionState = "Unhealthy"
+)
+
+// RegistrySyncResult is one synchronisation.
+type RegistrySyncResult struct {
+	// SyncTrigger is what started it.
+	SyncTrigger SyncTrigger `json:"syncTrigger,omitempty"`
+	// SyncState is how far it got.
+	SyncState SyncState `json:"syncState,omitempty"`
+	// LastSyncStartTime is its start.
+	LastSyncStartTime *metav1.Time `json:"lastSyncStartTime,omitempty"`
+	// LastSyncEndTime is its end, absent while it is under way.
+	LastSyncEndTime *metav1.Time `json:"lastSyncEndTime,omitempty"`
+	// LastSuccessfulSyncEndTime is the end of the last one that succeeded.
+	LastSuccessfulSyncEndTime *metav1.Time `json:"lastSuccessfulSyncEndTime,omitempty"`
+	// Error is why it did not succeed, in one line.
+	Error string `json:"error,omitempty"`
+}
+
+// SyncTrigger is what started a synchronisation.
+type SyncTrigger string
+
+// The triggers.
+const (
+	SyncTriggerInitial  SyncTrigger = "InitialSync"
+	SyncTriggerManual   SyncTrigger = "ManualResync"
+	SyncTriggerSchedule SyncTrigger = "Schedule"
+)
+
+// SyncState is how far a synchronisation got.
+type SyncState string
+
+// The states.
+const (
+	SyncStateSyncing   SyncState = "Syncing"
+	SyncStateSucceeded SyncState = "Succeeded"
+	SyncStateFailed    SyncState = "Failed"
+	// SyncStateTimedOut: the window ended before everything was here.
+	SyncStateTimedOut SyncState = "TimedOut"
+)
+
+// RepositoryStatus says how complete a repository is. It is complete when
+// TagsPresent equals TagsWanted and LastError is empty.
+type RepositoryStatus struct {
+	// Name is the repository's name.
+	Name string `json:"name"`
+	// TagsWanted is how many tags the spec selects at the parent.
+	TagsWanted int `json:"tagsWanted"`
+	// TagsPresent is how many of those are here, whole, and stand for what they
+	// stand for at the parent.
+	TagsPresent int `json:"tagsPresent"`
+	// BytesLeft is how many bytes are known to be missing here; those of
+	// manifests that were not read yet are not known.
+	BytesLeft int64 `json:"bytesLeft"`
+	// LastError is why it is not complete, in one line.
+	LastError string `json:"lastError,omitempty"`
+}
