@@ -15,11 +15,11 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	rt := parseRoute(r.URL.Path)
 	rec := &recorder{ResponseWriter: w}
+	defer func() { s.account(rec, r, rt, time.Since(start)) }()
 	defer func() {
 		if p := recover(); p != nil {
 			s.recovered(rec, r, p)
 		}
-		s.account(rec, r, rt, time.Since(start))
 	}()
 	// What docker looks for to tell a registry from any other server.
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
@@ -157,4 +157,3 @@ func (w *recorder) ReadFrom(src io.Reader) (int64, error) {
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 var _ io.ReaderFrom = (*recorder)(nil)
-

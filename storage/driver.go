@@ -26,8 +26,6 @@ type driver struct {
 
 var _ storagedriver.StorageDriver = (*driver)(nil)
 
-func (d *driver) Name() string { return DriverName }
-
 // Stat reports an unsealed blob once it has been hashed, so that a corrupt one
 // is absent for whoever is about to link to it, or to skip storing it again.
 func (d *driver) Stat(ctx context.Context, path string) (storagedriver.FileInfo, error) {
@@ -64,7 +62,7 @@ func (d *driver) Reader(ctx context.Context, path string, offset int64) (io.Read
 		return d.StorageDriver.Reader(ctx, path, offset)
 	}
 	if offset < 0 {
-		return nil, storagedriver.InvalidOffsetError{Path: path, Offset: offset, DriverName: DriverName}
+		return nil, storagedriver.InvalidOffsetError{Path: path, Offset: offset, DriverName: d.Name()}
 	}
 	f, _, err := d.store.OpenBlob(ctx, dgst)
 	if err != nil {
@@ -177,9 +175,9 @@ func isUploadData(p string) bool {
 // error translates what OpenBlob returns into what distribution looks for.
 func (d *driver) error(path string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return storagedriver.PathNotFoundError{Path: path, DriverName: DriverName}
+		return storagedriver.PathNotFoundError{Path: path, DriverName: d.Name()}
 	}
-	return storagedriver.Error{DriverName: DriverName, Detail: err}
+	return storagedriver.Error{DriverName: d.Name(), Detail: err}
 }
 
 // fileInfo is a FileInfo as distribution wants it.
