@@ -1,6 +1,6 @@
 // Package agent keeps a node pointed at the connected registry: it plans which
 // registries containerd should ask where and with which CA, has the trust
-// package put that on the node, and puts it back when something else changes
+// package put that on the node, and puts it right when something else changes
 // it.
 //
 // It imports trust and nothing else of this module.
@@ -8,7 +8,7 @@ package agent
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
 
 	"github.com/connected-registry/connected-registry/trust"
@@ -48,6 +48,7 @@ type Config struct {
 type Mirror struct {
 	// Registry is the host[:port] as image references name it, e.g. docker.io,
 	// or "_default" for every registry without a directory of its own.
+	// Required.
 	Registry string
 	// Server is the URL of the upstream to fall back to. Empty: containerd's
 	// own default for Registry.
@@ -73,23 +74,78 @@ type CleanupConfig struct {
 
 // Agent keeps one node as its Config says.
 type Agent struct {
-	cfg Config
+	want     trust.State
+	store    *trust.Store
+	nodeRoot string
+	log      *slog.Logger
 }
 
 // New checks cfg. It touches nothing on the node.
-func New(cfg Config) (*Agent, error) { return &Agent{cfg: cfg}, nil }
+func New(cfg Config) (*Agent, error) { return newAgent(cfg, nil) }
+
+func newAgent(cfg Config, beforeStep func(string)) (*Agent, error) {
+	want, err := plan(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("node configuration: %w", err)
+	}
+	store, err := trust.NewStore(trust.StoreConfig{NodeRoot: cfg.NodeRoot, CertsDir: cfg.CertsDir, BeforeStep: beforeStep})
+	if err != nil {
+		return nil, fmt.Errorf("node configuration: %w", err)
+	}
+	return &Agent{want: want, store: store, nodeRoot: rootOf(cfg.NodeRoot), log: logger(cfg.Logger)}, nil
+}
+
+func rootOf(nodeRoot string) string {
+	if nodeRoot == "" {
+		return "/"
+	}
+	return nodeRoot
+}
+
+func logger(l *slog.Logger) *slog.Logger {
+	if l == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return l
+}
 
 // Apply brings the node to the wanted state once and returns the paths that it
 // changed, as seen inside NodeRoot. On an error, what could be done has been,
-// and nothing is half written.
+// and nothing is half written; [trust.OwnerErrors] tells whether the rest of
+// the work is done.
 func (a *Agent) Apply(ctx context.Context) (changed []string, err error) {
-	return nil, errors.ErrUnsupported
+	result, err := a.store.Apply(ctx, a.want)
+	logResult(a.log, result)
+	return paths(result), err
 }
 
-// Run applies, then keeps the node in that state until ctx ends, and returns
-// nil then. It returns an error only if the first Apply fails.
-func (a *Agent) Run(ctx context.Context) error { return errors.ErrUnsupported }
+func paths(result trust.Result) []string {
+	var out []string
+	for _, c := range result.Changed {
+		out = append(out, c.Path)
+	}
+	return out
+}
+
+func logResult(log *slog.Logger, result trust.Result) {
+	if len(result.Changed) > 0 {
+		log.Info("changed files of the node", "paths", paths(result))
+	}
+	for _, n := range result.Notes {
+		log.Warn(n)
+	}
+}
 
 // Cleanup leaves the node as it was before the first Apply, from the record on
-// the node alone. It may be repeated.
-func Cleanup(ctx context.Context, cfg CleanupConfig) error { return errors.ErrUnsupported }
+// the node alone. It may be repeated, and finishes what a killed one began.
+func Cleanup(ctx context.Context, cfg CleanupConfig) error { return cleanup(ctx, cfg, nil) }
+
+func cleanup(ctx context.Context, cfg CleanupConfig, beforeStep func(string)) error {
+	store, err := trust.NewStore(trust.StoreConfig{NodeRoot: cfg.NodeRoot, BeforeStep: beforeStep})
+	if err != nil {
+		return err
+	}
+	result, err := store.Cleanup(ctx)
+	logResult(logger(cfg.Logger), result)
+	return err
+}

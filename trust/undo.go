@@ -1,0 +1,258 @@
+package trust
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// cleanup undoes the whole record. Until its last step the record stays, so a
+// killed cleanup is finished by the next one.
+func (s *session) cleanup(ctx context.Context) error {
+	if slices.ContainsFunc(s.record.Files, func(f *recordedFile) bool { return f.Owner == SystemTrustOwner }) {
+		s.record.Rebuild = rebuildFresh
+		if err := s.save(); err != nil {
+			return err
+		}
+	}
+	if err := s.undoExcept(func(*recordedFile) bool { return false }); err != nil {
+		return err
+	}
+	if err := s.rebuildSystemTrust(ctx, nil); err != nil {
+		return err
+	}
+	return s.removeRecord()
+}
+
+// undoExcept undoes the recorded files that keep does not claim, and the
+// directories that were created for them.
+func (s *session) undoExcept(keep func(*recordedFile) bool) error {
+	byDir := make(map[string][]*recordedFile)
+	var dirs []string
+	for _, f := range s.record.Files {
+		if keep(f) {
+			continue
+		}
+		dir := path.Dir(f.Path)
+		if byDir[dir] == nil {
+			dirs = append(dirs, dir)
+		}
+		byDir[dir] = append(byDir[dir], f)
+	}
+	for _, dir := range dirs {
+		if err := s.undoDirectory(dir, byDir[dir]); err != nil {
+			return err
+		}
+	}
+	return s.removeEmptyDirectories()
+}
+
+func (s *session) undoDirectory(dir string, files []*recordedFile) error {
+	if s.isWhollyOurs(dir, files) {
+		retired, err := s.retire(dir, func() bool { return s.isWhollyOurs(dir, files) })
+		if err != nil {
+			return err
+		}
+		if retired {
+			for _, f := range files {
+				s.changed(f.Owner, f.Path)
+				s.record.drop(f.Path)
+			}
+			return nil
+		}
+	}
+	// hosts.toml first: no CA may go while a hosts.toml names it.
+	slices.SortStableFunc(files, func(a, b *recordedFile) int {
+		return boolOrder(path.Base(a.Path) != hostsFile) - boolOrder(path.Base(b.Path) != hostsFile)
+	})
+	for _, f := range files {
+		if err := s.undo(f); err != nil {
+			return err
+		}
+		s.record.drop(f.Path)
+	}
+	return nil
+}
+
+func boolOrder(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// isWhollyOurs reports whether a directory was created by us and holds nothing
+// but files, all of them ours.
+func (s *session) isWhollyOurs(dir string, files []*recordedFile) bool {
+	names, err := s.list(dir)
+	if err != nil || !s.record.created(dir) {
+		return false
+	}
+	for _, name := range names {
+		i := slices.IndexFunc(files, func(f *recordedFile) bool { return f.Path == path.Join(dir, name) })
+		if i < 0 || files[i].Before != nil {
+			return false
+		}
+		if name == hostsFile {
+			now, err := s.former(files[i].Path)
+			if err != nil || !files[i].isOurs(now.Data) && !bearsMarker(now.Data) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// retire removes a directory with all that is in it, by renaming it away first:
+// containerd must never see it half empty. still is asked right before. A
+// directory that cannot be renamed, since something is mounted there, is left
+// and retired is false.
+func (d *disk) retire(dir string, still func() bool) (retired bool, err error) {
+	temp := path.Join(path.Dir(dir), tempName())
+	d.step("rename %s away", dir)
+	if !still() {
+		return false, nil
+	}
+	err = d.root.Rename(dir, temp)
+	if errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EXDEV) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	d.step("sync the directory of %s", dir)
+	if err := d.syncDir(path.Dir(dir)); err != nil {
+		return false, err
+	}
+	d.step("remove what was %s", dir)
+	return true, d.root.RemoveAll(temp)
+}
+
+// undo puts back what stood at a file's place.
+func (s *session) undo(f *recordedFile) error {
+	isHosts := path.Base(f.Path) == hostsFile
+	now, err := s.former(f.Path)
+	if errors.Is(err, errNotFile) {
+		s.note("/%s is no longer a file: it is left as it is", f.Path)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	switch {
+	case isHosts && now != nil && !f.isOurs(now.Data) && !bearsMarker(now.Data):
+		if f.Before == nil || !bytes.Equal(now.Data, f.Before.Data) {
+			s.note("/%s was replaced by somebody: it is left as it is", f.Path)
+		}
+		return nil
+	case f.Before != nil:
+		return s.restore(f)
+	case now == nil:
+		return nil
+	case !isHosts && s.isNamed(f.Path):
+		s.note("/%s is left, since the hosts.toml beside it names it", f.Path)
+		return nil
+	}
+	if _, err := s.remove(f.Path); err != nil {
+		return err
+	}
+	s.changed(f.Owner, f.Path)
+	return nil
+}
+
+// restore writes the former file with its mode and owner.
+func (s *session) restore(f *recordedFile) error {
+	missing, err := s.missing(path.Dir(f.Path))
+	if err != nil {
+		return err
+	}
+	if len(missing) > 0 {
+		s.note("/%s is not put back, since its directory was removed", f.Path)
+		return nil
+	}
+	changed, err := s.restoreContent(f.Path, f.Before)
+	if err != nil {
+		return err
+	}
+	err = s.root.Lchown(f.Path, f.Before.UID, f.Before.GID)
+	if err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	if changed {
+		s.changed(f.Owner, f.Path)
+	}
+	return nil
+}
+
+func (s *session) restoreContent(name string, before *formerFile) (changed bool, err error) {
+	if before.Link == "" {
+		return s.disk.write(name, before.Data, before.Mode)
+	}
+	if target, err := s.root.Readlink(name); err == nil && target == before.Link {
+		return false, nil
+	}
+	return true, s.symlink(before.Link, name)
+}
+
+// isNamed reports whether a hosts.toml beside the file names it.
+func (s *session) isNamed(name string) bool {
+	text, err := s.read(path.Join(path.Dir(name), hostsFile))
+	return err == nil && bytes.Contains(text, []byte(path.Base(name)))
+}
+
+// removeEmptyDirectories removes what was created and serves no recorded file
+// any more. One that is not empty has become somebody's.
+func (s *session) removeEmptyDirectories() error {
+	for _, dir := range slices.Backward(slices.Clone(s.record.Directories)) {
+		if s.isUsed(dir) {
+			continue
+		}
+		if _, err := s.remove(dir); err != nil {
+			if !isOccupied(err) {
+				return err
+			}
+			s.note("/%s is left, since it is not empty or is in use", dir)
+		}
+		s.record.forgetDirectory(dir)
+	}
+	return nil
+}
+
+func (s *session) isUsed(dir string) bool {
+	below := func(name string) bool { return strings.HasPrefix(name, dir+"/") }
+	return below(s.recordName) || slices.ContainsFunc(s.record.Files, func(f *recordedFile) bool { return below(f.Path) })
+}
+
+func isOccupied(err error) bool {
+	return errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST) ||
+		errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.ENOTDIR)
+}
+
+// removeRecord is the end of a cleanup: the record goes, in one step with the
+// directories that were created for it.
+func (s *session) removeRecord() error {
+	top, child := "", path.Base(s.recordName)
+	for dir := path.Dir(s.recordName); s.record.created(dir); dir = path.Dir(dir) {
+		names, err := s.list(dir)
+		if err != nil {
+			return err
+		}
+		if len(names) != 1 || names[0] != child {
+			break
+		}
+		top, child = dir, path.Base(dir)
+	}
+	if top != "" {
+		retired, err := s.retire(top, func() bool { return true })
+		if retired || err != nil {
+			return err
+		}
+	}
+	_, err := s.remove(s.recordName)
+	return err
+}
