@@ -181,10 +181,14 @@ func (cfg Config) validate() error {
 			return fmt.Errorf("cache: %s is negative: use 0 for its default", name)
 		}
 	}
-	if len(cfg.Registries) == 0 {
+	return validateRegistries(cfg.Registries)
+}
+
+func validateRegistries(registries map[string]Registry) error {
+	if len(registries) == 0 {
 		return errors.New("cache: Registries is empty: name at least one registry to answer for")
 	}
-	for host, reg := range cfg.Registries {
+	for host, reg := range registries {
 		if host == "" || host != strings.ToLower(host) || strings.ContainsAny(host, "/?#@ ") {
 			return fmt.Errorf("cache: registry %q is not a host in lower case, with its port if it has one", host)
 		}

@@ -1,5 +1,60 @@
 package cache
 
+import "time"
+
 // HoldBackWhole is the size in bytes up to which a body is verified before
 // its first byte is served.
 const HoldBackWhole = 4 << 20
+
+const (
+	// holdBackTail is how much of a larger body waits for its digest.
+	holdBackTail = 64 << 10
+
+	// maxManifest is the largest manifest taken: what containerd and
+	// distribution accept, and as small as what is held back whole.
+	maxManifest = HoldBackWhole
+
+	// manifestMemory bounds the manifests held in memory.
+	manifestMemory = 16 << 20
+
+	// farRange is how far beyond what is on disk a range may start and still
+	// wait for a download from the beginning. A resumed pull that lies
+	// farther ahead is passed on, or it would be slower than without a cache.
+	farRange = 16 << 20
+
+	// fillChunk is read, hashed and written at a time.
+	fillChunk = 256 << 10
+
+	// maxBreaks is how often the download of a blob may break off and still go
+	// on with the next upstream.
+	maxBreaks = 16
+
+	// checkpointEvery is the most that a crash makes a download repeat.
+	checkpointEvery = 16 << 20
+
+	// badContentMemory is for how long an upstream is not asked again for a
+	// digest that it had wrong.
+	badContentMemory = 10 * time.Minute
+
+	// noSpaceMemory is for how long a blob that could not be stored is passed
+	// through without another try.
+	noSpaceMemory = 10 * time.Second
+
+	// partialAge is how long the beginning of a blob is kept for a download
+	// to continue from.
+	partialAge = 24 * time.Hour
+
+	// trimEvery is how often the bounds of the store are looked after, besides
+	// before every download, and pruneEvery how often old notes are removed.
+	trimEvery  = 10 * time.Second
+	pruneEvery = 6 * time.Hour
+
+	// touchEvery throttles the recording of uses on disk.
+	touchEvery = time.Hour
+
+	// rewriteRetry spaces the attempts to write permissions to a failing disk.
+	rewriteRetry = time.Minute
+
+	// shutdownGrace is what open transfers get to finish in.
+	shutdownGrace = 2 * time.Second
+)

@@ -1,0 +1,194 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// request is what a client asks, with everything that is needed to answer it
+// even after the client has gone.
+type request struct {
+	route
+	registry *registry
+	disk     *disk
+	auth     string // Authorization, as it came
+	accept   string
+	via      string // for upstreams
+	bad      *recent[served]
+
+	reader factKey // "this credential may read this repository"
+	member factKey // "this content is of this repository"
+}
+
+// about returns the request for d in the same repository.
+func (rq *request) about(d digest.Digest) *request {
+	next := *rq
+	next.tag, next.digest = "", d
+	next.member = rq.disk.key.fact("member", rq.registry.host, rq.repo, rq.kind.String(), d.String())
+	return &next
+}
+
+func (rq *request) question(method string) question {
+	q := question{
+		method: method, path: rq.path(), filter: rq.filter,
+		accept: rq.accept, auth: rq.auth, via: rq.via,
+	}
+	if rq.digest != "" {
+		q.not = func(up *upstream) bool { return rq.bad.has(served{up, rq.digest}) }
+	}
+	return q
+}
+
+// confirm records that the registry gave this client this content.
+func (rq *request) confirm() {
+	rq.disk.ledger.confirm(rq.reader)
+	if rq.digest != "" {
+		rq.disk.ledger.confirm(rq.member)
+	}
+}
+
+// learn takes note of what an upstream's refusal says.
+func (rq *request) learn(err error) {
+	var no *refusal
+	if !errors.As(err, &no) || !no.upstream {
+		return
+	}
+	switch no.status {
+	case http.StatusUnauthorized:
+		rq.disk.ledger.revoke(rq.reader)
+		for _, challenge := range no.challenges {
+			if isBasic(challenge) {
+				rq.disk.notes.put(rq.challengeKey(), challenge) // without it, less works offline
+			}
+		}
+	case http.StatusForbidden:
+		rq.disk.ledger.revoke(rq.reader)
+	case http.StatusNotFound:
+		if rq.digest != "" {
+			rq.disk.ledger.revoke(rq.member)
+		}
+	}
+}
+
+func isBasic(challenge string) bool {
+	scheme, _, _ := strings.Cut(challenge, " ")
+	return strings.EqualFold(scheme, "Basic") && !strings.ContainsAny(challenge, "\r\n")
+}
+
+func (rq *request) challengeKey() factKey {
+	return rq.disk.key.fact("challenge", rq.registry.host, rq.repo)
+}
+
+// allowed reports whether the registry said lately that this client may have
+// this content.
+func (c *Cache) allowed(rq *request) bool {
+	l := rq.disk.ledger
+	return l.fresh(rq.reader, c.cfg.AllowedTTL) && l.fresh(rq.member, c.cfg.MemberTTL)
+}
+
+// allowedOffline is the same for the time in which no upstream can be reached.
+func (c *Cache) allowedOffline(rq *request) bool {
+	l := rq.disk.ledger
+	return l.known(rq.reader, c.cfg.OfflineTTL) && l.known(rq.member, c.cfg.OfflineTTL)
+}
+
+// offline turns the unavailability of every upstream into the answer for a
+// client about which nothing is known. Where the registry takes Basic
+// credentials, they are asked for in its place: without them, the client could
+// not show that it is one that had been allowed. A Bearer challenge would only
+// send it to a token service that is probably as unreachable.
+func (rq *request) offline(err error) error {
+	var down *unavailable
+	if !errors.As(err, &down) || rq.auth != "" {
+		return err
+	}
+	challenge := rq.disk.notes.get(rq.challengeKey())
+	if challenge == "" {
+		return err
+	}
+	no := refuse(http.StatusUnauthorized, "unauthorized", "the registry is unreachable; it had asked for credentials")
+	no.challenges = []string{challenge}
+	return no
+}
+
+// How stored content came to be served: the detail of Cache-Status.
+const (
+	asStored   = ""
+	asChecked  = "checked"
+	asOffline  = "offline"
+	asStaleTag = "stale-tag"
+)
+
+// permit decides whether the client may have content that is here, asking the
+// registry if need be. The error is what to answer instead.
+func (c *Cache) permit(ctx context.Context, rq *request) (string, error) {
+	if c.allowed(rq) {
+		return asStored, nil
+	}
+	err := c.check(ctx, rq)
+	if err == nil {
+		return asChecked, nil
+	}
+	var down *unavailable
+	if errors.As(err, &down) && c.allowedOffline(rq) {
+		return asOffline, nil
+	}
+	return "", rq.offline(err)
+}
+
+// check asks the registry whether the client may have the content, once for
+// all who ask the same at the same time.
+func (c *Cache) check(ctx context.Context, rq *request) error {
+	key := string(rq.reader[:]) + string(rq.member[:])
+	_, err, _ := c.once.Do("check"+key, func() (any, error) {
+		ctx := context.WithoutCancel(ctx) // the others still want to know; the budget ends it
+		ans, err := c.asker.ask(ctx, rq.registry, rq.question(http.MethodHead), 0, c.cfg.Timeouts.Headers)
+		if err != nil {
+			rq.learn(err)
+			return nil, err
+		}
+		ans.close()
+		rq.confirm()
+		return nil, nil
+	})
+	return err
+}
+
+// recent remembers things for a while.
+type recent[K comparable] struct {
+	mu    sync.Mutex // guards until
+	until map[K]time.Time
+}
+
+func (r *recent[K]) add(k K, d time.Duration) {
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.until == nil {
+		r.until = make(map[K]time.Time)
+	}
+	for k, until := range r.until {
+		if now.After(until) {
+			delete(r.until, k)
+		}
+	}
+	r.until[k] = now.Add(d)
+}
+
+func (r *recent[K]) has(k K) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return time.Now().Before(r.until[k])
+}
+
+// served is a digest that an upstream served.
+type served struct {
+	upstream *upstream
+	digest   digest.Digest
+}

@@ -1,0 +1,51 @@
+package cache
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// diskFree returns the bytes that can still be written to dir's file system.
+func diskFree(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(st.Bavail) * int64(st.Bsize), nil
+}
+
+// allocate takes disk space for n bytes at offset without changing the size of
+// the file. Errors: errors.ErrUnsupported where the file system cannot,
+// errNoSpace where there is none.
+func allocate(f *os.File, offset, n int64) error {
+	for {
+		err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, offset, n)
+		switch err {
+		case unix.EINTR:
+			continue
+		case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+			return fmt.Errorf("%w: %w", errNoSpace, err)
+		case nil:
+			return nil
+		default:
+			return os.NewSyscallError("fallocate", err)
+		}
+	}
+}
+
+// accessTime returns the time of the last use in Unix seconds.
+func accessTime(fi fs.FileInfo) int64 {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return st.Atim.Sec
+	}
+	return fi.ModTime().Unix()
+}
+
+// lockFile takes the file for this process, until it is closed.
+func lockFile(f *os.File) error {
+	return os.NewSyscallError("flock", unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB))
+}

@@ -1,0 +1,344 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// fill is the download of one blob that any number of readers follow.
+//
+// It runs on its own: readers come and go, and read the file behind it at their
+// own pace. What may be read of it is decided by limit.
+type fill struct {
+	digest digest.Digest
+	cancel context.CancelCauseFunc
+
+	mu      sync.Mutex // guards everything below
+	changed chan struct{}
+	path    string // of the file to read
+	known   bool   // size is
+	size    int64
+	written int64
+	state   fillState
+	err     error // of a failed fill
+	readers int
+	unread  *time.Timer
+}
+
+type fillState int
+
+const (
+	filling  fillState = iota
+	verified           // every byte is right; the file is being put into the store
+	finished           // nothing more will happen: in the store, or not kept
+	failed
+)
+
+var (
+	// errBadContent reports that an upstream's bytes did not match the digest.
+	errBadContent = errors.New("the upstream's content does not match the digest")
+	// errUnread ends a download that nobody has read for long.
+	errUnread = errors.New("nobody reads it any more")
+	// errShutdown ends downloads when the cache stops.
+	errShutdown = errors.New("the cache is stopping")
+)
+
+func newFill(d digest.Digest, path string, cancel context.CancelCauseFunc) *fill {
+	return &fill{digest: d, path: path, cancel: cancel, changed: make(chan struct{})}
+}
+
+// update changes the fill under its lock and wakes everyone who waits for it.
+func (f *fill) update(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+func (f *fill) fail(err error) {
+	f.update(func() { f.state, f.err = failed, err })
+}
+
+// await blocks until ready returns true, which is called with the lock held.
+func (f *fill) await(ctx context.Context, ready func() bool) error {
+	for {
+		f.mu.Lock()
+		ok, changed := ready(), f.changed
+		f.mu.Unlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// awaitSize blocks until the size is known or the fill has failed.
+func (f *fill) awaitSize(ctx context.Context) (int64, error) {
+	err := f.await(ctx, func() bool { return f.known || f.state == failed })
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err == nil && !f.known {
+		err = f.err
+	}
+	return f.size, err
+}
+
+// awaitVerdict blocks until the content is verified or the fill has failed, but
+// no longer than patience. It reports whether it is verified.
+func (f *fill) awaitVerdict(ctx context.Context, patience time.Duration) (bool, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errBusy)
+	defer cancel()
+	err := f.await(ctx, func() bool { return f.state != filling })
+	if errors.Is(err, errBusy) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.state == failed {
+		return false, f.err
+	}
+	return true, nil
+}
+
+// limit returns how far the content may be read: all of it once it is
+// verified; before, a small body not at all and a larger one up to its tail,
+// so that no wrong body can ever be complete. f.mu is held.
+func (f *fill) limit() int64 {
+	switch {
+	case f.state == verified, f.state == finished:
+		return f.size
+	case errors.Is(f.err, errBadContent):
+		return 0
+	default:
+		return max(0, min(f.written, f.size-holdBack(f.size)))
+	}
+}
+
+func holdBack(size int64) int64 {
+	if size <= HoldBackWhole {
+		return size
+	}
+	return holdBackTail
+}
+
+// readable is awaitBytes without the wait.
+func (f *fill) readable(pos int64) (limit int64, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	limit = f.limit()
+	return limit, limit > pos
+}
+
+// awaitBytes blocks until there is something to read at pos, and returns up to
+// where. It returns the fill's error when nothing will come.
+func (f *fill) awaitBytes(ctx context.Context, pos int64) (int64, error) {
+	var limit int64
+	var failure error
+	err := f.await(ctx, func() bool {
+		limit, failure = f.limit(), f.err
+		return limit > pos || f.state == failed
+	})
+	if err == nil && limit <= pos {
+		err = failure
+	}
+	return limit, err
+}
+
+// open returns the file to follow, with an offset of its own.
+func (f *fill) open() (*os.File, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return os.Open(f.path)
+}
+
+// join and leave count the readers. A fill without any goes on for a while.
+func (f *fill) join() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.readers++
+	if f.unread != nil {
+		f.unread.Stop()
+		f.unread = nil
+	}
+}
+
+func (f *fill) leave(patience time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.readers--
+	if f.readers == 0 && f.state == filling {
+		f.unread = time.AfterFunc(patience, func() { f.cancel(errUnread) })
+	}
+}
+
+// joinFill returns the download of d that is under way, nil if there is none.
+// The caller leaves it when done.
+func (c *Cache) joinFill(d digest.Digest) *fill {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f := c.fills[d]
+	if f != nil {
+		f.join()
+	}
+	return f
+}
+
+// startFill begins the download that rq asks for, or joins one: started tells
+// which. The caller leaves it when done.
+func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	d := rq.digest
+	if f := c.fills[d]; f != nil {
+		f.join()
+		return f, false, nil
+	}
+	if c.stopping {
+		return nil, false, refuse(http.StatusServiceUnavailable, "stopping", errShutdown.Error())
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	f = newFill(d, rq.disk.store.partialPath(d), cancel)
+	f.join()
+	c.fills[d] = f
+	c.work.Go(func() {
+		defer cancel(nil)
+		began := time.Now()
+		c.metrics.inFlight.Inc()
+		c.download(ctx, f, rq)
+		c.metrics.inFlight.Dec()
+		c.metrics.fillSeconds.Observe(time.Since(began).Seconds())
+	})
+	return f, true, nil
+}
+
+// endFill makes the next request for the blob look at the store again.
+func (c *Cache) endFill(f *fill) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.fills, f.digest)
+	f.mu.Lock()
+	if f.unread != nil {
+		f.unread.Stop()
+	}
+	f.mu.Unlock()
+}
+
+// download carries the fill f out for rq.
+func (c *Cache) download(ctx context.Context, f *fill, rq *request) {
+	src, p, err := c.begin(ctx, f, rq)
+	if err != nil {
+		rq.disk.store.unclaim(f.digest)
+		c.endFill(f)
+		f.fail(err)
+		return
+	}
+	defer src.close()
+	err = c.transfer(ctx, f, p, src)
+	switch {
+	case err == nil:
+		c.finish(f, p)
+	case errors.Is(err, errBadContent):
+		c.metrics.corrupt.WithLabelValues("upstream").Inc()
+		c.log.Warn("an upstream served wrong bytes; they were not kept", "registry", rq.registry.host,
+			"repository", rq.repo, "digest", f.digest, "upstream", src.names())
+		for _, up := range src.used {
+			c.bad.add(served{up, f.digest}, badContentMemory)
+		}
+		p.abandon()
+		c.endFill(f)
+		f.fail(err)
+	default:
+		c.log.Info("a download broke off", "registry", rq.registry.host, "repository", rq.repo,
+			"digest", f.digest, "at", p.offset, "of", p.size, "error", err)
+		p.suspend()
+		c.endFill(f)
+		f.fail(err)
+	}
+}
+
+// begin opens both ends of the download, and lets the readers know the size.
+func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *partial, error) {
+	store := rq.disk.store
+	from := store.claim(f.digest)
+	src := &source{cache: c, rq: rq, size: -1, offset: from}
+	err := src.connect(ctx)
+	if from > 0 && errors.Is(err, errRange) {
+		from = 0 // what is here is not the beginning of what is there
+		src.rewind(from)
+		err = src.connect(ctx)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	rq.confirm()
+	p, err := store.create(f.digest, src.size, from)
+	if err != nil {
+		src.close()
+		return nil, nil, &storeError{err}
+	}
+	if p.offset != from {
+		src.rewind(p.offset)
+	}
+	f.update(func() { f.known, f.size, f.written = true, src.size, p.offset })
+	return src, p, nil
+}
+
+// transfer writes the rest of the content.
+func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source) error {
+	buf := make([]byte, fillChunk)
+	for p.offset < p.size {
+		n, err := src.read(ctx, buf[:min(int64(len(buf)), p.size-p.offset)])
+		if n > 0 {
+			if _, err := p.Write(buf[:n]); err != nil {
+				return &storeError{err}
+			}
+			f.update(func() { f.written = p.offset })
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if !p.verified() {
+		return errBadContent
+	}
+	return nil
+}
+
+// finish lets the readers have the rest at once, and stores the file then.
+func (c *Cache) finish(f *fill, p *partial) {
+	f.update(func() { f.state = verified })
+	err := p.commit(func(rename func() error) error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		err := rename()
+		if err == nil {
+			f.path = p.store.blobPath(f.digest)
+		}
+		return err
+	})
+	if err != nil {
+		c.log.Warn("a download could not be kept", "digest", f.digest, "error", err)
+	}
+	c.endFill(f)
+	f.update(func() { f.state = finished })
+}
+
+// storeError reports that the disk, not the upstream, failed.
+type storeError struct{ err error }
+
+func (e *storeError) Error() string { return "storing: " + e.err.Error() }
+func (e *storeError) Unwrap() error { return e.err }

@@ -1,0 +1,77 @@
+package cache
+
+import (
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the collectors of one Cache.
+type metrics struct {
+	requests     *prometheus.CounterVec // kind, result
+	refusals     *prometheus.CounterVec // cause
+	served       *prometheus.CounterVec // source
+	fetched      prometheus.Counter
+	failures     *prometheus.CounterVec // registry, cause
+	inFlight     prometheus.Gauge
+	fillSeconds  prometheus.Histogram
+	evicted      prometheus.Counter
+	evictedBytes prometheus.Counter
+	corrupt      *prometheus.CounterVec // source
+	staleTags    prometheus.Counter
+	storedBytes  prometheus.GaugeFunc
+	storedBlobs  prometheus.GaugeFunc
+}
+
+// newMetrics registers the collectors with reg unless that is nil. usage tells
+// what the store holds.
+func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)) (*metrics, error) {
+	const prefix = "connected_registry_cache_"
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + name, Help: help})
+	}
+	vec := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + name, Help: help}, labels)
+	}
+	gauge := func(name, help string, value func() float64) prometheus.GaugeFunc {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: prefix + name, Help: help}, value)
+	}
+	m := &metrics{
+		requests:     vec("requests_total", "Requests answered with content, by what was asked for and how it was found.", "kind", "result"),
+		refusals:     vec("fallthroughs_total", "Requests refused so that the client asks its next host, by cause.", "cause"),
+		served:       vec("served_bytes_total", "Bytes sent to clients, by where they came from.", "source"),
+		fetched:      counter("fetched_bytes_total", "Bytes received from upstreams."),
+		failures:     vec("upstream_failures_total", "Requests to an upstream that gave no usable answer, by registry and cause.", "registry", "cause"),
+		evicted:      counter("evictions_total", "Files evicted."),
+		evictedBytes: counter("evicted_bytes_total", "Bytes of the files evicted."),
+		corrupt:      vec("corrupt_total", "Content that did not match its digest, by where it came from.", "source"),
+		staleTags:    counter("stale_tags_served_total", "Tags answered from memory because no upstream could be reached."),
+		storedBytes: gauge("stored_bytes", "Bytes in the store.", func() float64 {
+			bytes, _ := usage()
+			return float64(bytes)
+		}),
+		storedBlobs: gauge("stored_blobs", "Blobs in the store.", func() float64 {
+			_, blobs := usage()
+			return float64(blobs)
+		}),
+		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: prefix + "fills_in_flight", Help: "Blobs being downloaded.",
+		}),
+		fillSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: prefix + "fill_seconds", Help: "Time to download a blob.",
+			Buckets: prometheus.ExponentialBuckets(0.01, 4, 9),
+		}),
+	}
+	if reg == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{
+		m.requests, m.refusals, m.served, m.fetched, m.failures, m.inFlight, m.fillSeconds,
+		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.storedBytes, m.storedBlobs,
+	} {
+		if err := reg.Register(c); err != nil {
+			return nil, fmt.Errorf("cache: registering metrics: %w", err)
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,141 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+)
+
+// errRange reports that an upstream has no bytes where a download should go on.
+var errRange = errors.New("no such range")
+
+// source reads a blob's bytes from one upstream after another.
+type source struct {
+	cache    *Cache
+	rq       *request
+	size     int64
+	offset   int64 // of the next byte read
+	body     *body // nil: to be asked for
+	used     []*upstream
+	breaks   int
+	failures int  // without a byte in between
+	stalled  bool // the last failure was a stall
+	next     int  // upstream to ask next
+}
+
+// connect asks the upstreams, the next one first, for the rest.
+// Errors are those of ask; one that wraps errRange says that there are no bytes
+// at the offset.
+func (s *source) connect(ctx context.Context) error {
+	c, q := s.cache, s.rq.question(http.MethodGet)
+	q.from = s.offset
+	ans, err := c.asker.ask(ctx, s.rq.registry, q, s.next, c.cfg.Timeouts.Headers)
+	if err != nil {
+		return err
+	}
+	start, size := int64(0), ans.ContentLength
+	if ans.StatusCode == http.StatusPartialContent {
+		got, total, ok := parseContentRange(ans.Header.Get("Content-Range"))
+		start, size = got.start, total
+		if !ok || got.start != s.offset || got.end != total {
+			ans.close()
+			return &unavailable{"range", fmt.Errorf("%s answered with another range than asked for: %w", ans.upstream.base.Host, errRange)}
+		}
+	}
+	if size < 0 || s.size >= 0 && size != s.size || size < s.offset {
+		ans.close()
+		return &unavailable{"length", fmt.Errorf("%s gives no length for the content, or one that differs", ans.upstream.base.Host)}
+	}
+	s.size = size
+	s.body = c.asker.watch(ans)
+	s.note(ans.upstream)
+	if _, err := io.CopyN(io.Discard, s.body, s.offset-start); err != nil {
+		return &unavailable{"connection", fmt.Errorf("%s: %w", ans.upstream.base.Host, err)}
+	}
+	return nil
+}
+
+func (s *source) note(up *upstream) {
+	for i, u := range s.rq.registry.upstreams {
+		if u == up {
+			s.next = i + 1
+		}
+	}
+	s.used = append(s.used, up)
+}
+
+func (s *source) names() []string {
+	var names []string
+	for _, up := range s.used {
+		names = append(names, up.base.Host)
+	}
+	return names
+}
+
+// read is an io.Reader's Read that goes on with the next upstream where one
+// breaks off. It gives up when all have broken off without a byte in between,
+// or one after the other stalled, which has cost the reader its patience.
+func (s *source) read(ctx context.Context, p []byte) (int, error) {
+	for {
+		if s.body == nil {
+			if err := s.connect(ctx); err != nil {
+				return 0, err
+			}
+		}
+		n, err := s.body.Read(p)
+		s.offset += int64(n)
+		if n > 0 {
+			s.failures, s.stalled = 0, false
+		}
+		if err == nil || s.offset == s.size {
+			return n, nil
+		}
+		if err := s.broke(ctx, err); err != nil {
+			return n, err
+		}
+		if n > 0 {
+			return n, nil
+		}
+	}
+}
+
+// broke decides what the end of a body before its time means: nil to go on.
+func (s *source) broke(ctx context.Context, err error) error {
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	up := s.body.upstream
+	s.close()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	cause, stalled := "broken", errors.Is(err, errStalled)
+	if stalled {
+		cause = "stalled"
+	}
+	s.cache.metrics.failures.WithLabelValues(s.rq.registry.host, cause).Inc()
+	s.failures++
+	s.breaks++
+	n := len(s.rq.registry.upstreams)
+	if s.breaks > maxBreaks || s.failures > n || stalled && (s.stalled || n == 1) {
+		return &unavailable{cause, fmt.Errorf("%s: %w", up.base.Host, err)}
+	}
+	s.stalled = stalled
+	return nil
+}
+
+// rewind makes the next read begin at offset.
+func (s *source) rewind(offset int64) {
+	s.close()
+	s.offset = offset
+	s.next = 0
+}
+
+func (s *source) close() {
+	if s.body != nil {
+		s.body.close()
+		s.body = nil
+	}
+}
