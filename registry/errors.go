@@ -63,7 +63,7 @@ var (
 	errTagInvalid          = &apiError{status: 400, code: "TAG_INVALID", message: "invalid tag"}
 	errReadOnly            = &apiError{status: 403, code: "DENIED", message: "this connected registry is read-only; push to the parent registry"}
 	errUnsupported         = &apiError{status: 405, code: "UNSUPPORTED", message: "the operation is unsupported"}
-	errFull                = &apiError{status: 507, code: "UNAVAILABLE", message: "the registry's volume is full"}
+	errFull                = &apiError{status: 507, code: "UNAVAILABLE", message: "the registry's storage is full"}
 	errInternal            = &apiError{status: 500, code: "UNKNOWN", message: "the registry met an internal fault; its log says which"}
 )
 
@@ -73,8 +73,10 @@ func asAPIError(err error) (answer *apiError, ours bool) {
 	if errors.As(err, &answer) {
 		return answer, false
 	}
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return errFull, true
+	for _, full := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if errors.Is(err, full) {
+			return errFull, true
+		}
 	}
 	return errInternal, true
 }

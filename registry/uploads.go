@@ -44,7 +44,7 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 		return s.finish(w, r, repo, upload, d)
 	}
 	if err := upload.Close(); err != nil {
-		return fmt.Errorf("starting upload: %w", err)
+		return abandon(r.Context(), upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusAccepted)
 }
@@ -83,7 +83,7 @@ func (s *Server) uploadProgress(w http.ResponseWriter, r *http.Request, repo sto
 		return err
 	}
 	if err := upload.Close(); err != nil {
-		return fmt.Errorf("upload %s: %w", id, err)
+		return abandon(r.Context(), upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusNoContent)
 }
@@ -94,16 +94,11 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 	if err != nil {
 		return err
 	}
-	err = receive(upload, r)
-	if cerr := upload.Close(); err == nil {
-		err = cerr
-	}
-	if errors.Is(err, errRangeInvalid) {
-		// Tell the client where to go on.
-		setUploadHeaders(w, repo, upload)
-	}
-	if err != nil {
+	if err := receive(w, r, repo, upload); err != nil {
 		return err
+	}
+	if err := upload.Close(); err != nil {
+		return abandon(r.Context(), upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusAccepted)
 }
@@ -132,52 +127,58 @@ func (s *Server) cancelUpload(w http.ResponseWriter, r *http.Request, repo stora
 	return nil
 }
 
-// finish receives what is left of an upload and commits it under its digest. A
-// client that did not send everything may go on from there; content that is
-// not what was promised is thrown away.
+// finish receives what is left of an upload and commits it under its digest.
+// Content that is not what was promised is thrown away.
 func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter, ref string) error {
 	d, err := parseDigest(ref)
-	if err == nil {
-		err = receive(upload, r)
-	}
 	if err != nil {
-		upload.Close()
-		if errors.Is(err, errRangeInvalid) {
-			setUploadHeaders(w, repo, upload)
-		}
+		return errors.Join(err, upload.Close())
+	}
+	if err := receive(w, r, repo, upload); err != nil {
 		return err
 	}
 	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
-	if err == nil {
-		blobCreated(w, repo, d)
-		return nil
-	}
-	upload.Close() // no more than a repetition, unless Commit gave up early
 	var invalid distribution.ErrBlobInvalidDigest
 	switch {
+	case err == nil:
+		blobCreated(w, repo, d)
+		return nil
 	case errors.As(err, &invalid):
-		err = errDigestInvalid.with(map[string]string{"digest": d.String()})
+		return errors.Join(errDigestInvalid.with(map[string]string{"digest": d.String()}), repo.DeleteUpload(upload.ID()))
 	case errors.Is(err, distribution.ErrBlobInvalidLength):
-		err = errSizeInvalid
+		return errors.Join(errSizeInvalid, repo.DeleteUpload(upload.ID()))
 	default:
-		return fmt.Errorf("committing upload %s as %s: %w", upload.ID(), d, err)
+		return abandon(r.Context(), upload, fmt.Errorf("committing as %s: %w", d, err))
 	}
-	return errors.Join(err, repo.DeleteUpload(upload.ID()))
 }
 
-// receive appends the request's body to an upload.
-func receive(upload distribution.BlobWriter, r *http.Request) error {
+// receive appends the request's body to an upload. When it returns an error the
+// upload is closed. A client whose connection broke may go on from where it
+// broke; when it is the storage that failed, the upload is gone, and the space
+// that it took is free.
+func receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) error {
 	if err := checkRange(r, upload.Size()); err != nil {
-		return err
+		if errors.Is(err, errRangeInvalid) {
+			setUploadHeaders(w, repo, upload) // tell the client where to go on
+		}
+		return errors.Join(err, upload.Close())
 	}
 	body := &bodyReader{r: r.Body}
-	if _, err := upload.ReadFrom(body); err != nil {
-		if body.err != nil {
-			return errSizeInvalid.because("the chunk was cut short")
-		}
-		return fmt.Errorf("writing upload %s: %w", upload.ID(), err)
+	_, err := upload.ReadFrom(body)
+	switch {
+	case err == nil:
+		return nil
+	case body.err != nil:
+		return errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
+	default:
+		return abandon(r.Context(), upload, err)
 	}
-	return nil
+}
+
+// abandon throws away an upload that the storage failed, and returns why.
+func abandon(ctx context.Context, upload distribution.BlobWriter, err error) error {
+	upload.Cancel(ctx) // of a storage that fails, not to be expected to succeed
+	return fmt.Errorf("upload %s: %w", upload.ID(), err)
 }
 
 // bodyReader remembers whether it was the client that broke a copy off.

@@ -1,0 +1,303 @@
+package registry
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+func TestNewRefuses(t *testing.T) {
+	store := openStore(t)
+	certFile, keyFile := tlsFiles(t)
+	if err := os.WriteFile(certFile, []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	twice := prometheus.NewRegistry()
+	if _, err := New(Config{Store: store, Metrics: twice}); err != nil {
+		t.Fatal(err)
+	}
+	for name, cfg := range map[string]Config{
+		"no store":        {},
+		"half a pair":     {Store: store, CertFile: certFile},
+		"absent key":      {Store: store, CertFile: certFile, KeyFile: keyFile},
+		"metrics clash":   {Store: store, Metrics: twice},
+		"bad certificate": {Store: store, CertFile: certFile, KeyFile: certFile},
+	} {
+		if _, err := New(cfg); err == nil || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	s, err := New(Config{Store: store})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Run(t.Context()); err == nil {
+		t.Error("Run without a listener")
+	}
+}
+
+func TestRunReportsALostListener(t *testing.T) {
+	l := listen(t)
+	l.Close()
+	if err := newServer(t, Config{Listener: l}).Run(t.Context()); err == nil || !strings.Contains(err.Error(), l.Addr().String()) {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+// A pull in flight when the replica is told to end is finished.
+func TestRunDrains(t *testing.T) {
+	l := listen(t)
+	store := openStore(t)
+	s := newServer(t, Config{Store: store, Listener: l})
+	layer := randomBytes(8 << 20)
+	serveHandler(t, s).pushImage("a", "t", layer)
+	stop := start(t, s)
+	resp, err := http.Get("http://" + l.Addr().String() + "/v2/a/blobs/" + digest.FromBytes(layer).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	stopped := make(chan error)
+	go func() { stopped <- stop() }()
+	for { // until it takes no more
+		c, err := tls.Dial("tcp", l.Addr().String(), &tls.Config{})
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			break
+		}
+		if err == nil {
+			c.Close()
+		}
+	}
+	got, err := io.ReadAll(resp.Body)
+	if err != nil || !bytes.Equal(got, layer) {
+		t.Errorf("read %d bytes, %v", len(got), err)
+	}
+	if err := <-stopped; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+// One that does not finish is cut off, in less than five seconds.
+func TestRunEndsInTime(t *testing.T) {
+	l := listen(t)
+	s := newServer(t, Config{Listener: l})
+	layer := randomBytes(32 << 20)
+	serveHandler(t, s).pushImage("a", "t", layer)
+	stop := start(t, s)
+	resp, err := http.Get("http://" + l.Addr().String() + "/v2/a/blobs/" + digest.FromBytes(layer).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	began := time.Now()
+	if err := stop(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("took %v", took)
+	}
+}
+
+func TestTLS(t *testing.T) {
+	authority := newCA(t)
+	certFile, keyFile := tlsFiles(t)
+	authority.issue(t, 7, certFile, keyFile)
+	l := listen(t)
+	start(t, newServer(t, Config{Listener: l, CertFile: certFile, KeyFile: keyFile}))
+	for version, ok := range map[uint16]bool{tls.VersionTLS11: false, tls.VersionTLS12: true, tls.VersionTLS13: true} {
+		c, err := tls.Dial("tcp", l.Addr().String(), &tls.Config{RootCAs: authority.pool(), MinVersion: tls.VersionTLS10, MaxVersion: version})
+		if (err == nil) != ok {
+			t.Errorf("%s: %v", tls.VersionName(version), err)
+		}
+		if err == nil {
+			c.Close()
+		}
+	}
+	resp, err := tlsClient(t, authority).Get("https://" + l.Addr().String() + "/v2/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.ProtoMajor != 2 {
+		t.Errorf("protocol %s, want HTTP/2", resp.Proto)
+	}
+}
+
+func TestKeyPairFollowsItsFiles(t *testing.T) {
+	authority := newCA(t)
+	certFile, keyFile := tlsFiles(t)
+	authority.issue(t, 10, certFile, keyFile)
+	old := time.Now().Add(-time.Minute)
+	for _, file := range []string{certFile, keyFile} {
+		if err := os.Chtimes(file, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k, err := newKeyPair(certFile, keyFile, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSerial := func(step string, want int64) {
+		t.Helper()
+		cert, err := k.get(nil)
+		if err != nil || cert.Leaf.SerialNumber.Int64() != want {
+			t.Errorf("%s: serial %v, %v; want %d", step, cert.Leaf.SerialNumber, err, want)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		watched := make(chan struct{})
+		go func() {
+			defer close(watched)
+			k.watch(t.Context())
+		}()
+		t.Cleanup(func() { <-watched })
+		pass := func() { time.Sleep(keyPollInterval); synctest.Wait() }
+
+		pass()
+		wantSerial("unchanged", 10)
+		otherCert, otherKey := tlsFiles(t)
+		authority.issue(t, 11, otherCert, otherKey)
+		move(t, otherCert, certFile)
+		pass()
+		wantSerial("half way through a renewal", 10)
+		move(t, otherKey, keyFile)
+		pass()
+		wantSerial("renewed", 11)
+		if err := os.Remove(certFile); err != nil {
+			t.Fatal(err)
+		}
+		pass()
+		wantSerial("certificate gone", 11)
+		authority.issue(t, 12, certFile, keyFile)
+		pass()
+		wantSerial("certificate back", 12)
+	})
+}
+
+func move(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.Rename(from, to); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestPanicBecomes500(t *testing.T) {
+	var log bytes.Buffer
+	s := newServer(t, Config{
+		Logger:   slog.New(slog.NewTextHandler(&locked{w: &log}, nil)),
+		ReadOnly: func() bool { panic("no mode") },
+	})
+	c := serveHandler(t, s)
+	c.want(c.do("DELETE", "/v2/a/manifests/t", nil), 500, "UNKNOWN")
+	if !strings.Contains(log.String(), "no mode") || !strings.Contains(log.String(), "level=ERROR") {
+		t.Errorf("log: %s", log.String())
+	}
+	c.want(c.do("GET", "/v2/", nil), 200, "")
+}
+
+type locked struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
+// A fault of the storage is a 500 that tells the client nothing of paths, and a
+// log line that tells the operator all.
+func TestFaultsAreLoggedNotTold(t *testing.T) {
+	var log bytes.Buffer
+	store := openStore(t)
+	c := serveHandler(t, newServer(t, Config{Store: store, Logger: slog.New(slog.NewTextHandler(&locked{w: &log}, nil))}))
+	tags := store.Root() + "/docker/registry/v2/repositories/a/_manifests"
+	if err := os.MkdirAll(tags, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tags+"/tags", nil, 0o644); err != nil { // not a directory
+		t.Fatal(err)
+	}
+	a := c.want(c.do("GET", "/v2/a/tags/list", nil), 500, "UNKNOWN")
+	if strings.Contains(string(a.body), store.Root()) {
+		t.Errorf("the client was told %s", a.body)
+	}
+	if !strings.Contains(log.String(), "not a directory") {
+		t.Errorf("log: %s", log.String())
+	}
+}
+
+// A full disk refuses the push with a reason, keeps what is stored, and takes
+// pushes again once there is room.
+func TestFullDisk(t *testing.T) {
+	store := openStore(t)
+	c := serveHandler(t, newServer(t, Config{Store: store}))
+	kept, _ := c.pushImage("a", "t", []byte("stored before"))
+	large := randomBytes(33 << 20)
+	d := digest.FromBytes(large)
+	at := c.do("POST", "/v2/a/blobs/uploads/", nil).header.Get("Location")
+
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	full := limit
+	full.Cur = 32 << 20
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &full); err != nil {
+		t.Fatal(err)
+	}
+	c.want(c.do("PUT", at+"?digest="+d.String(), large), 507, "UNAVAILABLE")
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	noUploads(t, store.Root(), "a")
+	c.want(c.do("GET", "/v2/a/manifests/"+kept.String(), nil), 200, "")
+	c.pushBlob("a", large)
+}
+
+func TestMetrics(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	c := serveHandler(t, newServer(t, Config{Metrics: reg}))
+	c.do("GET", "/v2/a/manifests/t", nil)
+	c.do("BREW", "/v2/", nil)
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]bool{}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			labels := f.GetName()
+			for _, l := range m.Label {
+				labels += " " + l.GetValue()
+			}
+			found[labels] = true
+		}
+	}
+	for _, want := range []string{
+		"connected_registry_requests_total manifest GET 404",
+		"connected_registry_requests_total base other 405",
+		"connected_registry_request_duration_seconds manifest",
+		"connected_registry_sent_bytes_total manifest",
+		"connected_registry_storage_quarantined_total",
+		"connected_registry_storage_rehashed_total",
+	} {
+		if !found[want] {
+			t.Errorf("no metric %q in %v", want, found)
+		}
+	}
+}
