@@ -44,8 +44,8 @@ func sealed(t *testing.T, path string, d digest.Digest) bool {
 // read by the next.
 func TestSealTimeIsStable(t *testing.T) {
 	for d, want := range map[digest.Digest]int64{
-		digest.FromString(""):              1123832452,
-		digest.SHA512.FromString(""):       1_520_602_218,
+		digest.FromString(""):                              1123832452,
+		digest.SHA512.FromString(""):                       1_520_602_218,
 		"sha256:" + digest.Digest(strings.Repeat("0", 64)): 1_000_000_000,
 		"sha256:" + digest.Digest(strings.Repeat("f", 64)): 1_000_000_000 + 1<<29 - 2,
 	} {
