@@ -1,0 +1,526 @@
+package syncer
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+)
+
+// parallelRepositories is how many repositories are looked at at once. How many
+// requests that makes is bounded elsewhere.
+const parallelRepositories = 8
+
+// run is one synchronisation.
+type run struct {
+	selection selection
+	parent    *parent
+	store     *store
+	fetcher   *fetcher
+	referrers bool
+	// checked remembers when the referrers of unchanged images were asked for;
+	// see checks.
+	checked  *checks
+	progress func(Event) // may be nil
+	log      *slog.Logger
+	images   chan struct{} // bounds the images that are copied at once
+
+	mu           sync.Mutex
+	repositories []*repository // sorted by name
+	blobsFetched int
+	blobsLinked  int
+	tagsUpdated  int
+}
+
+// repository is one repository during a synchronisation.
+type repository struct {
+	run       *run
+	name      string
+	selection selection
+
+	// listed and listErr are what the parent lists as tags, asked once.
+	list    sync.Once
+	listed  []string
+	listErr error
+
+	indexes sync.Mutex // held while a referrers index is rewritten
+
+	mu       sync.Mutex
+	wanted   int
+	present  int
+	left     map[digest.Digest]int64 // blobs known to be missing here
+	seen     map[digest.Digest]bool  // blobs known to be here
+	subjects map[digest.Digest]bool  // manifests whose referrers were brought
+	err      error
+	more     int // errors after the first
+}
+
+func (r *run) newRepository(name string, err error) *repository {
+	return &repository{
+		run:       r,
+		name:      name,
+		selection: r.selection.of(name),
+		left:      make(map[digest.Digest]int64),
+		seen:      make(map[digest.Digest]bool),
+		subjects:  make(map[digest.Digest]bool),
+		err:       err,
+	}
+}
+
+// find asks the parent which of its repositories are selected. A glob for which
+// that cannot be found out stands for itself, with the error.
+func (r *run) find(ctx context.Context) []*repository {
+	var found []*repository
+	var names []string
+	err := r.parent.ping(ctx)
+	if wild := r.selection.wild(); len(wild) > 0 {
+		catalog, catalogErr := []string(nil), err
+		if err == nil {
+			catalog, catalogErr = r.parent.catalog(ctx)
+		}
+		for _, g := range wild {
+			if catalogErr != nil {
+				found = append(found, r.newRepository(g.String(), catalogErr))
+			}
+		}
+		names = slices.DeleteFunc(catalog, func(name string) bool { return !matchAny(wild, name) })
+	}
+	names = append(names, r.selection.exact()...)
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		found = append(found, r.newRepository(name, err))
+	}
+	slices.SortFunc(found, func(a, b *repository) int { return cmp.Compare(a.name, b.name) })
+	r.mu.Lock()
+	r.repositories = found
+	r.mu.Unlock()
+	return found
+}
+
+// sync carries out the synchronisation. Its outcome is in the repositories.
+func (r *run) sync(ctx context.Context, resume bool) {
+	var found []*repository
+	for _, repo := range r.find(ctx) {
+		if repo.err == nil && resume {
+			repo.err = r.store.findPartial(ctx, repo.name)
+		}
+		if repo.err != nil {
+			r.event(Event{Kind: EventFailed, Repository: repo.name, Err: repo.err})
+			continue
+		}
+		found = append(found, repo)
+	}
+	var g errgroup.Group
+	g.SetLimit(parallelRepositories)
+	for _, repo := range found {
+		g.Go(func() error { repo.sync(ctx); return nil })
+	}
+	_ = g.Wait()
+}
+
+// event tells of something, and counts it.
+func (r *run) event(e Event) {
+	r.mu.Lock()
+	switch {
+	case e.Kind == EventTagged:
+		r.tagsUpdated++
+	case e.Kind == EventBlob && e.Linked:
+		r.blobsLinked++
+	case e.Kind == EventBlob:
+		r.blobsFetched++
+	}
+	r.mu.Unlock()
+	if r.progress != nil {
+		r.progress(e)
+	}
+}
+
+// fail records why a repository is not complete.
+func (r *repository) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err == nil {
+		r.err = err
+	} else if r.err.Error() != err.Error() {
+		r.more++
+	}
+}
+
+func (r *repository) failTag(tag string, err error) {
+	r.fail(err)
+	r.run.event(Event{Kind: EventFailed, Repository: r.name, Tag: tag, Err: err})
+}
+
+// problem is why a repository is not complete, in one line, nil when it is.
+func (r *repository) problem() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err == nil || r.more == 0 {
+		return r.err
+	}
+	return fmt.Errorf("%w (and %d more)", r.err, r.more)
+}
+
+func (r *repository) result() RepositoryResult {
+	err := r.problem()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	res := RepositoryResult{Name: r.name, TagsWanted: r.wanted, TagsPresent: r.present, Err: err}
+	for _, size := range r.left {
+		res.BytesLeft += size
+	}
+	return res
+}
+
+// sync brings what is wanted of a repository and not here.
+func (r *repository) sync(ctx context.Context) {
+	plans, err := r.plan(ctx)
+	if err != nil {
+		r.fail(err)
+		r.run.event(Event{Kind: EventFailed, Repository: r.name, Err: err})
+		return
+	}
+	r.run.event(Event{Kind: EventPlanned, Repository: r.name, Tags: len(plans)})
+	var wg sync.WaitGroup
+	for _, g := range groups(plans) {
+		select {
+		case r.run.images <- struct{}{}:
+		case <-ctx.Done():
+			r.fail(context.Cause(ctx))
+			wg.Wait()
+			return
+		}
+		wg.Go(func() {
+			defer func() { <-r.run.images }()
+			r.syncGroup(ctx, g)
+		})
+	}
+	wg.Wait()
+}
+
+// plan compares a repository with the parent.
+func (r *repository) plan(ctx context.Context) ([]TagPlan, error) {
+	wanted, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	here, err := r.inventory(ctx, wanted)
+	if err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	r.wanted = len(wanted)
+	r.mu.Unlock()
+	plans := planTags(wanted, here)
+	for _, p := range plans {
+		if p.Err != nil {
+			r.failTag(p.Name, p.Err)
+		}
+	}
+	return plans, nil
+}
+
+// survey asks the parent what the selected tags stand for: one request for each
+// tag, and the list of tags unless all are selected by name.
+func (r *repository) survey(ctx context.Context) ([]want, error) {
+	names, named := r.selection.named()
+	if !named {
+		var err error
+		if names, err = r.tags(ctx); err != nil {
+			return nil, err
+		}
+	}
+	var wanted []want
+	for _, tag := range names {
+		if wantedPlatforms, ok := r.selection.tag(tag); ok {
+			wanted = append(wanted, want{tag: tag, platforms: wantedPlatforms})
+		}
+	}
+	var g errgroup.Group
+	g.SetLimit(r.run.parent.limits.asks)
+	for i := range wanted {
+		w := &wanted[i]
+		g.Go(func() error {
+			w.digest, w.err = r.run.parent.resolve(ctx, r.name, w.tag)
+			return nil
+		})
+	}
+	_ = g.Wait()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if !named {
+		// It was in the list and is gone: it was deleted in between.
+		wanted = slices.DeleteFunc(wanted, func(w want) bool { return isNotFound(w.err) })
+	}
+	return wanted, nil
+}
+
+// tags is what the parent lists, which it is asked for once, if at all.
+func (r *repository) tags(ctx context.Context) ([]string, error) {
+	r.list.Do(func() { r.listed, r.listErr = r.run.parent.tags(ctx, r.name) })
+	return r.listed, r.listErr
+}
+
+// inventory finds out what is here of what is wanted. That a tag stands for the
+// right digest does not prove that everything below is here: storage takes away
+// what it finds to be corrupt, and other programs collect garbage.
+//
+// The price of looking is bounded by what is stored, not by tags times layers:
+// in one synchronisation a manifest is read once for each repository and set of
+// platforms, and a blob is looked up once for each repository (one link read,
+// one stat). Nothing is asked of the parent, and no content is read.
+func (r *repository) inventory(ctx context.Context, wanted []want) (map[string]have, error) {
+	here := make(map[string]have)
+	whole := make(map[string]bool)
+	for _, w := range wanted {
+		if w.err != nil {
+			continue
+		}
+		d, err := r.run.store.tag(ctx, r.name, w.tag)
+		if err != nil {
+			return nil, err
+		}
+		key := w.platforms.key(w.digest)
+		if _, ok := whole[key]; !ok {
+			if whole[key], err = r.whole(ctx, w.digest, w.platforms); err != nil {
+				return nil, err
+			}
+		}
+		here[w.tag] = have{digest: d, whole: whole[key]}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
+	return here, nil
+}
+
+// whole reports whether everything that a manifest needs is in the repository.
+func (r *repository) whole(ctx context.Context, d digest.Digest, wanted platforms) (bool, error) {
+	img, err := walk(ctx, d, wanted, r.stored)
+	if errors.Is(err, errNotHere) {
+		return false, nil
+	}
+	if err != nil {
+		// An index without the wanted platforms, or with a wrong size: copying
+		// it will say so.
+		return false, storageError(err)
+	}
+	for _, blob := range img.blobs {
+		if r.isSeen(blob.Digest) {
+			continue
+		}
+		ok, err := r.run.store.hasBlob(ctx, r.name, blob)
+		if err != nil {
+			return false, storageError(err)
+		}
+		if !ok {
+			return false, nil
+		}
+		r.arrived(blob.Digest)
+	}
+	return true, nil
+}
+
+// storageError is err if the storage is at fault, nil if the content is.
+func storageError(err error) error {
+	if _, ok := errors.AsType[errContent](err); ok {
+		return nil
+	}
+	if _, ok := errors.AsType[errSize](err); ok {
+		return nil
+	}
+	return err
+}
+
+// stored is the source of manifests that are in the repository.
+func (r *repository) stored(ctx context.Context, d digest.Digest) (manifest, bool, error) {
+	m, ok, err := r.run.store.manifest(ctx, r.name, d)
+	if err == nil && !ok {
+		err = errNotHere
+	}
+	return m, true, err
+}
+
+// anywhere is the source of manifests that asks the parent for those that are
+// not in the repository.
+func (r *repository) anywhere(ctx context.Context, d digest.Digest) (manifest, bool, error) {
+	if m, ok, err := r.run.store.manifest(ctx, r.name, d); ok || err != nil {
+		return m, ok, err
+	}
+	m, err := r.run.parent.manifest(ctx, r.name, d)
+	return m, false, err
+}
+
+func (r *repository) isSeen(d digest.Digest) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seen[d]
+}
+
+func (r *repository) arrived(d digest.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seen[d] = true
+	delete(r.left, d)
+}
+
+// syncGroup does what is to be done for the tags that stand for one digest.
+func (r *repository) syncGroup(ctx context.Context, g *group) {
+	err := r.bringGroup(ctx, g)
+	for _, t := range g.tags {
+		tagErr := err
+		if tagErr == nil && t.Action != ActionKeep {
+			tagErr = r.writeTag(ctx, t.Name, g.digest)
+		}
+		if tagErr != nil {
+			r.failTag(t.Name, fmt.Errorf("%s:%s: %w", r.name, t.Name, tagErr))
+			continue
+		}
+		r.mu.Lock()
+		r.present++
+		r.mu.Unlock()
+	}
+}
+
+func (r *repository) writeTag(ctx context.Context, tag string, d digest.Digest) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := r.run.store.setTag(ctx, r.name, tag, d); err != nil {
+		return err
+	}
+	r.run.log.Info("tag brought up to date", "repository", r.name, "tag", tag, "digest", d)
+	r.run.event(Event{Kind: EventTagged, Repository: r.name, Tag: tag, Digest: d.String()})
+	return nil
+}
+
+// bringGroup brings the image that a group of tags stands for, and what refers
+// to it. Referrers come before the tag, so that whoever verifies what it pulls
+// finds the signature; that they fail is reported, and keeps nobody from the
+// image.
+func (r *repository) bringGroup(ctx context.Context, g *group) error {
+	changed := slices.ContainsFunc(g.tags, func(t TagPlan) bool { return t.Action == ActionCopy })
+	check := r.run.referrers && r.run.checked.due(r.name, g.digest, changed, time.Now())
+	if !changed && !check {
+		return nil
+	}
+	img, err := walk(ctx, g.digest, g.platforms, r.anywhere)
+	if err == nil && changed {
+		err = r.bring(ctx, img)
+	}
+	if err != nil {
+		return err
+	}
+	if check {
+		if err := r.bringReferrers(ctx, img, 0); err != nil {
+			r.run.checked.forget(r.name, g.digest)
+			r.fail(fmt.Errorf("what refers to %s@%s: %w", r.name, g.digest, err))
+		}
+	}
+	return nil
+}
+
+// bring stores an image: its blobs, then its manifests, each after what it
+// lists. A blob that fails does not stop the others, which the next
+// synchronisation then need not fetch.
+func (r *repository) bring(ctx context.Context, img image) error {
+	r.expect(img.blobs)
+	errs := make([]error, len(img.blobs))
+	var wg sync.WaitGroup
+	for i, blob := range img.blobs {
+		if r.isSeen(blob.Digest) {
+			continue
+		}
+		wg.Go(func() {
+			if errs[i] = r.run.fetcher.ensure(ctx, r.name, blob); errs[i] == nil {
+				r.arrived(blob.Digest)
+			}
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	for _, m := range img.manifests {
+		if m.stored {
+			continue
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := r.run.store.putManifest(ctx, r.name, m.manifest); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// expect takes note of blobs that are about to be brought.
+func (r *repository) expect(blobs []v1.Descriptor) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, blob := range blobs {
+		if !r.seen[blob.Digest] {
+			r.left[blob.Digest] = blob.Size
+		}
+	}
+}
+
+// checks remembers, over synchronisations, when the referrers of a manifest were
+// last asked for. Those of an image that is new here are asked for with it;
+// signatures that are added later are found when an hour has passed.
+type checks struct {
+	mu    sync.Mutex
+	times map[string]time.Time // by repository@digest
+}
+
+const checkEvery = time.Hour
+
+func newChecks() *checks { return &checks{times: make(map[string]time.Time)} }
+
+// due reports whether it is time to ask again, or the image has changed, and
+// takes it that this is done then.
+func (c *checks) due(repository string, d digest.Digest, changed bool, now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	key := repository + "@" + d.String()
+	if last, ok := c.times[key]; ok && !changed && now.Sub(last) < checkEvery {
+		return false
+	}
+	c.times[key] = now
+	return true
+}
+
+// forget makes a manifest due again.
+func (c *checks) forget(repository string, d digest.Digest) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.times, repository+"@"+d.String())
+}
+
+// clear makes everything due again.
+func (c *checks) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.times)
+}
+
+// expire drops what is due anyway, so that memory is bounded by what there is to
+// remember for an hour.
+func (c *checks) expire(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.times, func(_ string, last time.Time) bool { return now.Sub(last) >= checkEvery })
+}

@@ -1,0 +1,351 @@
+package syncer
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/distribution/distribution/v3"
+	dstorage "github.com/distribution/distribution/v3/registry/storage"
+	"github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// store is this registry's content as a synchronisation reads and writes it.
+// Its errors are about the storage, not about the parent.
+type store struct {
+	namespace distribution.Namespace
+	driver    driver.StorageDriver
+
+	mu sync.Mutex
+	// partial says in which repository an unfinished upload of ours is, by its
+	// id. guarded by mu
+	partial map[string]string
+}
+
+func newStore(namespace distribution.Namespace, driver driver.StorageDriver) *store {
+	return &store{namespace: namespace, driver: driver, partial: make(map[string]string)}
+}
+
+func (s *store) repository(ctx context.Context, name string) (distribution.Repository, error) {
+	named, err := reference.WithName(name)
+	if err != nil {
+		return nil, fmt.Errorf("repository %s: %w", name, err)
+	}
+	return s.namespace.Repository(ctx, named)
+}
+
+// errSize reports a descriptor whose size is not that of the content it names.
+// A runtime that believes it would refuse the content.
+type errSize struct {
+	digest         digest.Digest
+	says, actually int64
+}
+
+func (e errSize) Error() string {
+	return fmt.Sprintf("a manifest says that %s has %d bytes, and it has %d", e.digest, e.says, e.actually)
+}
+
+// hasBlob reports whether a repository has a blob, whole.
+func (s *store) hasBlob(ctx context.Context, repository string, desc v1.Descriptor) (bool, error) {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return false, err
+	}
+	stat, err := repo.Blobs(ctx).Stat(ctx, desc.Digest)
+	return present(stat, err, desc)
+}
+
+func present(stat v1.Descriptor, err error, desc v1.Descriptor) (bool, error) {
+	switch {
+	case errors.Is(err, distribution.ErrBlobUnknown):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("looking for %s: %w", desc.Digest, err)
+	case stat.Size != desc.Size:
+		return false, errSize{desc.Digest, desc.Size, stat.Size}
+	}
+	return true, nil
+}
+
+// hasAnywhere reports whether a blob is here for any repository.
+func (s *store) hasAnywhere(ctx context.Context, desc v1.Descriptor) (bool, error) {
+	stat, err := s.namespace.BlobStatter().Stat(ctx, desc.Digest)
+	return present(stat, err, desc)
+}
+
+// link gives a repository a blob that is here for another, and reports whether
+// there is one.
+func (s *store) link(ctx context.Context, repository string, desc v1.Descriptor) (bool, error) {
+	if ok, err := s.hasAnywhere(ctx, desc); !ok {
+		return false, err
+	}
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return false, err
+	}
+	w, err := repo.Blobs(ctx).Create(ctx, linkOption{repo.Named(), desc})
+	if _, ok := errors.AsType[distribution.ErrBlobMounted](err); ok {
+		return true, nil
+	}
+	if err == nil {
+		err = errors.Join(errors.New("the link was not made"), w.Cancel(ctx))
+	}
+	return false, fmt.Errorf("linking %s into %s: %w", desc.Digest, repository, err)
+}
+
+// linkOption mounts a blob into a repository without asking any other whether it
+// has it: that the blob exists has just been seen, and the manifest that wants
+// it is the parent's word that the repository may have it.
+type linkOption struct {
+	name reference.Named
+	blob v1.Descriptor
+}
+
+func (o linkOption) Apply(v any) error {
+	opts, ok := v.(*distribution.CreateOptions)
+	if !ok {
+		return fmt.Errorf("unexpected options %T", v)
+	}
+	from, err := reference.WithDigest(o.name, o.blob.Digest)
+	if err != nil {
+		return err
+	}
+	opts.Mount.ShouldMount = true
+	opts.Mount.From = from
+	opts.Mount.Stat = &o.blob
+	return nil
+}
+
+// manifest reads a manifest that a repository has. ok is false when it has not.
+func (s *store) manifest(ctx context.Context, repository string, d digest.Digest) (m manifest, ok bool, err error) {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return manifest{}, false, err
+	}
+	manifests, err := repo.Manifests(ctx)
+	if err != nil {
+		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
+	}
+	stored, err := manifests.Get(ctx, d)
+	if _, unknown := errors.AsType[distribution.ErrManifestUnknownRevision](err); unknown {
+		return manifest{}, false, nil
+	}
+	if err != nil {
+		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
+	}
+	mediaType, body, err := stored.Payload()
+	if err != nil {
+		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
+	}
+	m, err = parseManifest(mediaType, body)
+	if err != nil {
+		// Stored by someone who is less strict: the parent is asked again, and
+		// what it says about it then is the error that a person gets to see.
+		return manifest{}, false, nil
+	}
+	return m, true, nil
+}
+
+// putManifest stores a manifest. The caller has seen to it that everything it
+// needs is in the repository, which storage is therefore not asked to check: it
+// would insist on children that were not selected.
+func (s *store) putManifest(ctx context.Context, repository string, m manifest) error {
+	d := digest.FromBytes(m.body)
+	parsed, _, err := distribution.UnmarshalManifest(m.mediaType, m.body)
+	if err != nil {
+		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+	}
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return err
+	}
+	manifests, err := repo.Manifests(ctx, dstorage.SkipLayerVerification())
+	if err != nil {
+		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+	}
+	stored, err := manifests.Put(ctx, parsed)
+	if err == nil && stored != d {
+		err = fmt.Errorf("it was stored as %s", stored)
+	}
+	if err != nil {
+		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+	}
+	return nil
+}
+
+// tag is what a tag stands for here, "" when there is no such tag.
+func (s *store) tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return "", err
+	}
+	desc, err := repo.Tags(ctx).Get(ctx, tag)
+	if _, unknown := errors.AsType[distribution.ErrTagUnknown](err); unknown {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("reading tag %s:%s: %w", repository, tag, err)
+	}
+	return desc.Digest, nil
+}
+
+func (s *store) setTag(ctx context.Context, repository, tag string, d digest.Digest) error {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return err
+	}
+	if err := repo.Tags(ctx).Tag(ctx, tag, v1.Descriptor{Digest: d}); err != nil {
+		return fmt.Errorf("writing tag %s:%s: %w", repository, tag, err)
+	}
+	return nil
+}
+
+// uploads is where distribution keeps the uploads of a repository that are under
+// way, each in a directory called by its id.
+func uploads(repository string) string {
+	return "/docker/registry/v2/repositories/" + repository + "/_uploads"
+}
+
+// uploadID is the id of our upload of a blob: always the same for the same blob,
+// so that what a process that was killed had fetched is found again without a
+// record of it. It is a UUID of version 8, which clients' uploads never have,
+// and which distribution's purging of old uploads takes for what it is.
+func uploadID(d digest.Digest) string {
+	id := sha256.Sum256([]byte("connected-registry upload of " + d.String()))
+	id[6] = id[6]&0x0f | 0x80
+	id[8] = id[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:16])
+}
+
+func isUploadID(id string) bool {
+	return len(id) == 36 && id[14] == '8' && strings.Count(id, "-") == 4
+}
+
+// findPartial takes note of the uploads that an earlier process left unfinished
+// in a repository.
+func (s *store) findPartial(ctx context.Context, repository string) error {
+	dirs, err := s.driver.List(ctx, uploads(repository))
+	if isPathNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking for unfinished uploads of %s: %w", repository, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, dir := range dirs {
+		if id := path.Base(dir); isUploadID(id) {
+			s.partial[id] = repository
+		}
+	}
+	return nil
+}
+
+func isPathNotFound(err error) bool {
+	_, ok := errors.AsType[driver.PathNotFoundError](err)
+	return ok
+}
+
+// upload is a blob on its way into a repository.
+type upload struct {
+	distribution.BlobWriter
+	store      *store
+	repository string
+	id         string
+}
+
+// openUpload goes on with the upload of a blob where it stopped, or begins one.
+// It may be that of another repository, which also wants the blob.
+func (s *store) openUpload(ctx context.Context, repository string, d digest.Digest) (*upload, error) {
+	id := uploadID(d)
+	s.mu.Lock()
+	if home, ok := s.partial[id]; ok {
+		repository = home
+	}
+	s.partial[id] = repository
+	s.mu.Unlock()
+	u := &upload{store: s, repository: repository, id: id}
+	if err := u.open(ctx, time.Now()); err != nil {
+		return nil, fmt.Errorf("storing %s@%s: %w", repository, d, err)
+	}
+	return u, nil
+}
+
+func (u *upload) open(ctx context.Context, now time.Time) error {
+	dir := uploads(u.repository) + "/" + u.id
+	if _, err := u.store.driver.Stat(ctx, dir+"/startedat"); isPathNotFound(err) {
+		err = u.store.driver.PutContent(ctx, dir+"/startedat", []byte(now.UTC().Format(time.RFC3339)))
+		if err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	// A saved state of the hash would vouch for bytes that a power failure may
+	// have taken. Without one, Commit hashes what is there.
+	if err := u.store.driver.Delete(ctx, dir+"/hashstates"); err != nil && !isPathNotFound(err) {
+		return err
+	}
+	repo, err := u.store.repository(ctx, u.repository)
+	if err != nil {
+		return err
+	}
+	u.BlobWriter, err = repo.Blobs(ctx).Resume(ctx, u.id)
+	return err
+}
+
+// commit verifies the upload against its digest and puts it in place. It closes
+// the upload.
+func (u *upload) commit(ctx context.Context, desc v1.Descriptor) error {
+	if _, err := u.Commit(ctx, v1.Descriptor{Digest: desc.Digest, MediaType: "application/octet-stream"}); err != nil {
+		return err
+	}
+	u.store.forget(u.id)
+	return nil
+}
+
+// discard closes the upload and removes it.
+func (u *upload) discard(ctx context.Context) error {
+	// The writer's own Cancel would do, but for the error that it always logs.
+	// On a full disk Close cannot save the state of the hash and leaves the file
+	// open, which Cancel then does not.
+	if u.Close() != nil {
+		_ = u.Cancel(ctx)
+	}
+	err := u.store.driver.Delete(ctx, uploads(u.repository)+"/"+u.id)
+	if err != nil && !isPathNotFound(err) {
+		return fmt.Errorf("removing an upload of %s: %w", u.repository, err)
+	}
+	u.store.forget(u.id)
+	return nil
+}
+
+func (s *store) forget(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.partial, id)
+}
+
+// removePartial removes the unfinished uploads that nothing wanted any more.
+func (s *store) removePartial(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for id, repository := range s.partial {
+		err := s.driver.Delete(ctx, uploads(repository)+"/"+id)
+		if err != nil && !isPathNotFound(err) {
+			errs = append(errs, fmt.Errorf("removing an unfinished upload of %s: %w", repository, err))
+			continue
+		}
+		delete(s.partial, id)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,406 @@
+package syncer
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/distribution/distribution/v3"
+	"github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+)
+
+// Config is what a Syncer needs. Store, Driver and Parent.Endpoint are required.
+type Config struct {
+	// Store is where content is written.
+	Store distribution.Namespace
+	// Driver is the storage under Store. It is used to find, and to clear away,
+	// what an interrupted synchronisation left behind, which Store cannot do.
+	Driver driver.StorageDriver
+	// Parent is where content comes from.
+	Parent Parent
+	// Repositories select the content. Empty: nothing.
+	Repositories []v1alpha1.Repository
+	// Schedule is a cron line of five fields in UTC; see
+	// v1alpha1.ParseSchedule. Empty: every minute.
+	Schedule string
+	// Window bounds one synchronisation. 0: no bound.
+	Window time.Duration
+	// Concurrency is how many blobs are fetched at once. 0: 6.
+	Concurrency int
+	// Referrers brings signatures, attestations and other referrers too.
+	Referrers bool
+	// Logger takes the log. nil: none.
+	Logger *slog.Logger
+	// Progress is told what happens while it happens, from several goroutines,
+	// and must not block. nil: nobody is told.
+	Progress func(Event)
+	// Metrics registers the syncer's metrics. nil: none are kept.
+	Metrics prometheus.Registerer
+}
+
+// Parent is the registry that content comes from, with its secrets resolved.
+type Parent struct {
+	// Endpoint is its host, with a port unless it is the scheme's own, without
+	// a scheme.
+	Endpoint string
+	// Insecure speaks plain HTTP.
+	Insecure bool
+	// CA verifies the parent's certificate. nil: the system's roots.
+	CA *x509.CertPool
+	// Username and Password are sent to the parent, and to the token service
+	// that it names. Both empty: anonymous. Username empty: Password is an
+	// OAuth2 refresh token.
+	Username string
+	Password string
+}
+
+// EventKind says what an Event is about.
+type EventKind string
+
+// The kinds of event.
+const (
+	// EventPlanned: a repository was compared with the parent. Tags, Bytes.
+	EventPlanned EventKind = "planned"
+	// EventFetched: Bytes more of the blob Digest have arrived.
+	EventFetched EventKind = "fetched"
+	// EventBlob: the blob Digest of Bytes bytes is stored, or was already here
+	// and is linked now (Linked).
+	EventBlob EventKind = "blob"
+	// EventTagged: Repository:Tag is whole and stands for Digest.
+	EventTagged EventKind = "tagged"
+	// EventFailed: Repository, or Repository:Tag, could not be brought, for
+	// Err.
+	EventFailed EventKind = "failed"
+)
+
+// Event is one thing that happened during a synchronisation.
+type Event struct {
+	Kind       EventKind
+	Repository string
+	Tag        string
+	Digest     string
+	Tags       int
+	Bytes      int64
+	Linked     bool
+	Err        error
+}
+
+// Result is how one synchronisation went.
+type Result struct {
+	Trigger v1alpha1.SyncTrigger
+	State   v1alpha1.SyncState
+	Start   time.Time
+	End     time.Time
+	// BytesFetched is what came over the network as blobs and manifests.
+	BytesFetched int64
+	// BlobsFetched and BlobsLinked count blobs that were fetched, and those
+	// that another repository had already.
+	BlobsFetched int
+	BlobsLinked  int
+	// TagsUpdated is how many tags were written.
+	TagsUpdated int
+	// Repositories are the selected repositories, by name.
+	Repositories []RepositoryResult
+}
+
+// RepositoryResult is how one repository went.
+type RepositoryResult struct {
+	Name        string
+	TagsWanted  int
+	TagsPresent int
+	BytesLeft   int64
+	// Err is nil when everything wanted is present.
+	Err error
+}
+
+// Syncer brings content from a parent. Its methods may be called from several
+// goroutines; synchronisations run one after another.
+type Syncer struct {
+	config    Config
+	selection selection
+	schedule  v1alpha1.Schedule
+	store     *store
+	limits    limits
+	metrics   *metrics
+
+	// What is remembered from one synchronisation to the next.
+	checked    *checks
+	distrusted *distrust
+
+	turn chan struct{} // holds a value while a synchronisation runs
+
+	mu      sync.Mutex
+	resumed bool              // unfinished uploads have been looked for
+	last    v1alpha1.Status   // as of the last synchronisation that ended
+	running *run              // nil between synchronisations
+	logged  map[string]string // the last problem of each repository
+}
+
+// New returns a Syncer, or an error that names the field of config that is
+// wrong. It starts nothing and asks nothing of the parent.
+func New(config Config) (*Syncer, error) {
+	switch {
+	case config.Store == nil:
+		return nil, errors.New("syncer: Store is required")
+	case config.Driver == nil:
+		return nil, errors.New("syncer: Driver is required")
+	case config.Parent.Endpoint == "":
+		return nil, errors.New("syncer: Parent.Endpoint is required")
+	case strings.ContainsAny(config.Parent.Endpoint, "/@"):
+		return nil, errors.New("syncer: Parent.Endpoint must be a host with or without a port")
+	case config.Concurrency < 0:
+		return nil, errors.New("syncer: Concurrency is negative")
+	case config.Window < 0:
+		return nil, errors.New("syncer: Window is negative")
+	}
+	config.Concurrency = cmp.Or(config.Concurrency, v1alpha1.DefaultConcurrency)
+	config.Logger = cmp.Or(config.Logger, slog.New(slog.DiscardHandler))
+	schedule, err := v1alpha1.ParseSchedule(cmp.Or(config.Schedule, v1alpha1.DefaultSchedule))
+	if err != nil {
+		return nil, fmt.Errorf("syncer: Schedule: %w", err)
+	}
+	selection, err := newSelection(config.Repositories)
+	if err != nil {
+		return nil, fmt.Errorf("syncer: Repositories: %w", err)
+	}
+	metrics, err := newMetrics(config.Metrics)
+	if err != nil {
+		return nil, fmt.Errorf("syncer: Metrics: %w", err)
+	}
+	return &Syncer{
+		config:     config,
+		selection:  selection,
+		schedule:   schedule,
+		store:      newStore(config.Store, config.Driver),
+		limits:     defaultLimits(),
+		metrics:    metrics,
+		checked:    newChecks(),
+		distrusted: newDistrust(),
+		turn:       make(chan struct{}, 1),
+		logged:     make(map[string]string),
+	}, nil
+}
+
+// newRun prepares a synchronisation. Its parent must be closed.
+func (s *Syncer) newRun() *run {
+	r := &run{
+		selection: s.selection,
+		parent:    newParent(s.config.Parent, s.limits, s.config.Logger),
+		store:     s.store,
+		referrers: s.config.Referrers,
+		checked:   s.checked,
+		progress:  s.config.Progress,
+		log:       s.config.Logger,
+		images:    make(chan struct{}, s.config.Concurrency),
+	}
+	r.fetcher = &fetcher{
+		parent:     r.parent,
+		store:      s.store,
+		limits:     s.limits,
+		slots:      make(chan struct{}, s.config.Concurrency),
+		notify:     r.event,
+		distrusted: s.distrusted,
+		flights:    make(map[digest.Digest]*flight),
+	}
+	return r
+}
+
+// errWindow is the cause that a synchronisation's context ends with when its
+// window does.
+var errWindow = errors.New("the window ended before everything was here: it goes on in the next synchronisation")
+
+// Sync brings everything that is wanted and not here, once. If another
+// synchronisation is under way, it waits for that to end. The error is non-nil
+// when something could not be brought, one line for each repository; the Result
+// is valid either way. A repository that fails stops no other.
+//
+// With the trigger ManualResync, what was put off is tried again: referrers of
+// unchanged images, and blobs for which the parent had sent wrong bytes.
+func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result, error) {
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return Result{}, context.Cause(ctx)
+	}
+	if trigger == v1alpha1.SyncTriggerManual {
+		s.checked.clear()
+		s.distrusted.clear()
+	}
+	if s.config.Window > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, s.config.Window, errWindow)
+		defer cancel()
+	}
+	r := s.newRun()
+	defer r.parent.close()
+	start := time.Now()
+	resume := s.begin(r, trigger, start)
+	r.sync(ctx, resume)
+	result, err := s.finish(ctx, r, trigger, start)
+	s.report(result, err)
+	return result, err
+}
+
+// finish sums a synchronisation up, clears away what it left, and makes the
+// outcome the status.
+func (s *Syncer) finish(ctx context.Context, r *run, trigger v1alpha1.SyncTrigger, start time.Time) (Result, error) {
+	result := Result{Trigger: trigger, State: v1alpha1.SyncStateSucceeded, Start: start, BytesFetched: r.parent.received.Load()}
+	var errs []error
+	for _, repo := range r.repositories {
+		res := repo.result()
+		result.Repositories = append(result.Repositories, res)
+		if res.Err != nil {
+			errs = append(errs, res.Err)
+		}
+	}
+	if len(errs) == 0 && ctx.Err() == nil {
+		if err := r.store.removePartial(ctx); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	err := joinOnce(errs)
+	switch {
+	case errors.Is(err, errWindow):
+		result.State = v1alpha1.SyncStateTimedOut
+	case err != nil:
+		result.State = v1alpha1.SyncStateFailed
+	}
+	r.mu.Lock()
+	result.BlobsFetched, result.BlobsLinked, result.TagsUpdated = r.blobsFetched, r.blobsLinked, r.tagsUpdated
+	r.mu.Unlock()
+	result.End = time.Now()
+	s.checked.expire(result.End)
+	s.end(result, err)
+	return result, err
+}
+
+// joinOnce joins errors, each text once: that the parent is down is not said for
+// every repository.
+func joinOnce(errs []error) error {
+	seen := make(map[string]bool)
+	var distinct []error
+	for _, err := range errs {
+		if !seen[err.Error()] {
+			distinct = append(distinct, err)
+		}
+		seen[err.Error()] = true
+	}
+	if len(distinct) == 1 {
+		return distinct[0]
+	}
+	return errors.Join(distinct...)
+}
+
+// report logs how a synchronisation went. A problem that persists is logged when
+// it appears and when it is gone, not every minute.
+func (s *Syncer) report(result Result, err error) {
+	log := s.config.Logger
+	for _, repo := range result.Repositories {
+		problem := ""
+		if repo.Err != nil {
+			problem = repo.Err.Error()
+		}
+		before := s.logged[repo.Name]
+		switch {
+		case problem == before:
+		case problem == "":
+			log.Info("repository is complete again", "repository", repo.Name)
+		default:
+			log.Warn("repository is not complete", "repository", repo.Name, "tags_wanted", repo.TagsWanted, "tags_present", repo.TagsPresent, "error", problem)
+		}
+		s.logged[repo.Name] = problem
+	}
+	level := slog.LevelDebug
+	if result.TagsUpdated > 0 || result.Trigger != v1alpha1.SyncTriggerSchedule {
+		level = slog.LevelInfo
+	}
+	log.Log(context.Background(), level, "synchronisation ended",
+		"trigger", result.Trigger, "state", result.State, "duration", result.End.Sub(result.Start).Round(time.Millisecond),
+		"tags_updated", result.TagsUpdated, "blobs_fetched", result.BlobsFetched, "blobs_linked", result.BlobsLinked, "bytes_fetched", result.BytesFetched)
+	s.metrics.observe(result)
+}
+
+// Plan reads the parent and says what Sync would do now. It writes nothing.
+// Its error means that nothing could be planned; what is wrong with a single
+// repository is in its part of the plan.
+func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
+	r := s.newRun()
+	defer r.parent.close()
+	repositories := r.find(ctx)
+	var g errgroup.Group
+	g.SetLimit(parallelRepositories)
+	plans := make([]RepositoryPlan, len(repositories))
+	for i, repo := range repositories {
+		plans[i] = RepositoryPlan{Name: repo.name, Err: repo.err}
+		if repo.err == nil {
+			g.Go(func() error {
+				plans[i].Tags, plans[i].Err = repo.plan(ctx)
+				return nil
+			})
+		}
+	}
+	_ = g.Wait()
+	counted := make(map[digest.Digest]bool)
+	for i, repo := range repositories {
+		if plans[i].Err == nil {
+			repo.measure(ctx, &plans[i], counted)
+		}
+		plans[i].Err = cmp.Or(repo.problem(), plans[i].Err)
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if len(plans) > 0 && !slices.ContainsFunc(plans, func(p RepositoryPlan) bool { return !isUnreachable(p.Err) }) {
+		return nil, plans[0].Err
+	}
+	return &Plan{Repositories: plans}, nil
+}
+
+// measure adds to a plan what would be fetched, leaving out what is counted
+// already.
+func (r *repository) measure(ctx context.Context, plan *RepositoryPlan, counted map[digest.Digest]bool) {
+	for _, g := range groups(plan.Tags) {
+		if !slices.ContainsFunc(g.tags, func(t TagPlan) bool { return t.Action == ActionCopy }) {
+			continue
+		}
+		img, err := walk(ctx, g.digest, g.platforms, r.anywhere)
+		if err != nil {
+			r.fail(fmt.Errorf("%s:%s: %w", r.name, g.tags[0].Name, err))
+			continue
+		}
+		for _, blob := range img.blobs {
+			here, err := r.run.store.hasAnywhere(ctx, blob)
+			if err != nil {
+				r.fail(err)
+				continue
+			}
+			if !here && !counted[blob.Digest] {
+				counted[blob.Digest] = true
+				plan.Blobs++
+				plan.Bytes += blob.Size
+			}
+		}
+	}
+}
+
+// Run synchronises at once and then on schedule, until ctx ends; then it returns
+// nil. What goes wrong meanwhile is logged and stands in Status.
+func (s *Syncer) Run(ctx context.Context) error {
+	return recur(ctx, s.schedule, s.setNext, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
+		// The error has been logged, and is in the status.
+		_, _ = s.Sync(ctx, trigger)
+	})
+}
