@@ -75,8 +75,8 @@ func (s *source) names() []string {
 }
 
 // read is an io.Reader's Read that goes on with the next upstream where one
-// breaks off. It gives up when all have broken off without a byte in between,
-// or one after the other stalled, which has cost the reader its patience.
+// breaks off. It gives up when all have broken off, one of them twice, without
+// a byte in between, or one after the other stalled, which has cost the reader its patience.
 func (s *source) read(ctx context.Context, p []byte) (int, error) {
 	for {
 		if s.body == nil {
@@ -119,7 +119,7 @@ func (s *source) broke(ctx context.Context, err error) error {
 	s.failures++
 	s.breaks++
 	n := len(s.rq.registry.upstreams)
-	if s.breaks > maxBreaks || s.failures > n || stalled && (s.stalled || n == 1) {
+	if s.breaks > maxBreaks || s.failures > n+1 || stalled && (s.stalled || n == 1) {
 		return &unavailable{cause, fmt.Errorf("%s: %w", up.base.Host, err)}
 	}
 	s.stalled = stalled
