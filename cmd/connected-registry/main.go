@@ -1,0 +1,65 @@
+// Command connected-registry keeps the images that a cluster or a machine needs
+// next to the nodes that run them. See README.md.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	// Images built from scratch hold no certificates: Go then takes these.
+	_ "golang.org/x/crypto/x509roots/fallback"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "connected-registry:", err)
+		os.Exit(1)
+	}
+}
+
+// run is the program without the process around it. A nil error is a success,
+// or an end that ctx asked for.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	root := &cobra.Command{
+		Use:           "connected-registry",
+		Short:         "Keeps the images that nodes need next to the nodes that run them",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w: see %q", err, cmd.CommandPath()+" --help")
+	})
+	root.AddCommand(
+		standaloneCommand(),
+		syncCommand(),
+		agentCommand(),
+		versionCommand(),
+	)
+	return root.ExecuteContext(ctx)
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		Run: func(cmd *cobra.Command, _ []string) {
+			fmt.Fprintln(cmd.OutOrStdout(), version)
+		},
+	}
+}

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/connected-registry/connected-registry/standalone"
+)
+
+func standaloneCommand() *cobra.Command {
+	var flags resourceFlags
+	var listen, cacheListen, nodeRoot string
+	cmd := &cobra.Command{
+		Use:   "standalone",
+		Short: "Run registry, syncer, node cache and node configuration in one process",
+		Long: `Runs the registry, the syncer, the node cache and the configuration of this
+node's containerd in one process, without Kubernetes.
+
+What is written to the node stays when the process ends, since pulls fall
+through to the image's own registry then; "agent cleanup" takes it away.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := flags.load(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			config.Listen, config.CacheListen, config.NodeRoot = listen, cacheListen, nodeRoot
+			s, err := standalone.Open(cmd.Context(), config)
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			config.Logger.Info("serving", "registry", "https://"+s.LoginServer, "cache", s.CacheURL, "node", nodeRoot)
+			return s.Run(cmd.Context())
+		},
+	}
+	flags.register(cmd)
+	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:5443", "address of the registry (HTTPS)")
+	cmd.Flags().StringVar(&cacheListen, "cache-listen", "127.0.0.1:5050", "loopback address of the node cache; empty for no cache")
+	cmd.Flags().StringVar(&nodeRoot, "node-root", "/", "where the node's /etc/containerd is found; empty to leave the node alone")
+	cmd.Flags().BoolVar(&flags.anonymous, "anonymous", false, "let everybody pull, as spec.anonymousPull does")
+	return cmd
+}

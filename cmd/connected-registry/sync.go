@@ -1,0 +1,107 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/standalone"
+	"github.com/connected-registry/connected-registry/syncer"
+)
+
+func syncCommand() *cobra.Command {
+	var flags resourceFlags
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "sync",
+		Short: "Synchronise once, now",
+		Long: `Brings everything that the configuration selects and the data directory lacks
+from the parent, once, and exits with an error if anything is missing after it.
+It works on the data directory of a standalone registry that is not running.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := flags.load(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			config.Progress = progressLines(cmd.OutOrStdout())
+			if config.Resource.Spec.LogLevel != v1alpha1.LogLevelDebug {
+				// What the log would say is what this command prints.
+				config.Logger = nil
+			}
+			s, err := standalone.Open(cmd.Context(), config)
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			if s.Syncer == nil {
+				return errors.New("nothing to synchronise from: set spec.parent.endpoint")
+			}
+			if dryRun {
+				plan, err := s.Syncer.Plan(cmd.Context())
+				if err != nil {
+					return err
+				}
+				return printPlan(cmd.OutOrStdout(), plan)
+			}
+			result, err := s.Syncer.Sync(cmd.Context(), v1alpha1.SyncTriggerManual)
+			printResult(cmd.OutOrStdout(), result)
+			return err
+		},
+	}
+	flags.register(cmd)
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what would be done and do nothing")
+	return cmd
+}
+
+// progressLines prints a line for each tag that is done or cannot be. A single
+// Fprintf is a single write, so lines of several goroutines stay whole.
+func progressLines(w io.Writer) func(syncer.Event) {
+	return func(e syncer.Event) {
+		switch e.Kind {
+		case syncer.EventTagged:
+			fmt.Fprintf(w, "%s:%s %s\n", e.Repository, e.Tag, e.Digest)
+		case syncer.EventFailed:
+			name := e.Repository
+			if e.Tag != "" {
+				name += ":" + e.Tag
+			}
+			fmt.Fprintf(w, "%s: %v\n", name, e.Err)
+		}
+	}
+}
+
+// printPlan prints a line for each tag and repository, and returns an error
+// when some of it cannot be planned.
+func printPlan(w io.Writer, plan *syncer.Plan) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var errs []error
+	fmt.Fprintln(t, "REPOSITORY\tTAG\tACTION\tDIGEST")
+	var bytes int64
+	var blobs int
+	for _, r := range plan.Repositories {
+		errs = append(errs, r.Err)
+		blobs, bytes = blobs+r.Blobs, bytes+r.Bytes
+		for _, tag := range r.Tags {
+			errs = append(errs, tag.Err)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", r.Name, tag.Name, tag.Action, tag.Digest)
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintf(w, "%d blobs, %d bytes to fetch\n", blobs, bytes)
+	return errors.Join(errs...)
+}
+
+func printResult(w io.Writer, r syncer.Result) {
+	for _, repo := range r.Repositories {
+		fmt.Fprintf(w, "%s: %d of %d tags present, %d bytes left\n", repo.Name, repo.TagsPresent, repo.TagsWanted, repo.BytesLeft)
+	}
+	fmt.Fprintf(w, "%s: %d blobs, %d bytes fetched in %s\n", r.State, r.BlobsFetched, r.BytesFetched, r.End.Sub(r.Start).Round(time.Millisecond))
+}

@@ -1,0 +1,297 @@
+// Package standalone joins the central registry, the syncer, the node agent
+// and the node cache in one process: for one machine, an edge box or a trial,
+// without Kubernetes.
+//
+// It may import every other package of this module but cmd.
+package standalone
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/agent"
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/registry"
+	"github.com/connected-registry/connected-registry/registry/cache"
+	"github.com/connected-registry/connected-registry/storage"
+	"github.com/connected-registry/connected-registry/syncer"
+	"github.com/connected-registry/connected-registry/trust"
+)
+
+// Config is what a Standalone is made from.
+type Config struct {
+	// Resource says what to keep and for whom, loaded and validated by
+	// v1alpha1.Load. Required.
+	Resource *v1alpha1.ConnectedRegistry
+	// Data is the directory everything that is kept lies in; it is created
+	// when missing. One process at a time uses it. Required.
+	Data string
+	// Secrets is where the Secrets that Resource names are found: a directory
+	// for each, a file for each key, as Kubernetes mounts them. Empty:
+	// Data/secrets.
+	Secrets string
+	// Listen is the registry's address, host:port. Empty: no registry.
+	Listen string
+	// CacheListen is the node cache's address, on loopback. Empty: no cache.
+	CacheListen string
+	// NodeRoot is the directory in which the node's file system is found, "/"
+	// on the machine itself. Empty: no node is configured.
+	NodeRoot string
+	// Progress is told what the syncer does; see syncer.Config. nil: nobody.
+	Progress func(syncer.Event)
+	// Logger takes the log. nil: none.
+	Logger *slog.Logger
+}
+
+// Standalone is the process's parts, ready to run. Run runs them all; each can
+// be run by itself instead. A part that the Config leaves out is nil.
+type Standalone struct {
+	Registry *registry.Server
+	Syncer   *syncer.Syncer
+	Cache    *cache.Cache
+	Agent    *agent.Agent
+
+	// LoginServer is the host[:port] that names the registry in image
+	// references, CacheURL the URL that nodes reach the cache by.
+	LoginServer string
+	CacheURL    string
+
+	store     *storage.Store
+	ca        trust.Bundle
+	listeners []net.Listener
+	unlock    func()
+}
+
+// Open prepares everything that c asks for: it locks and fills the data
+// directory, takes the ports and reads the Secrets, so that what can be wrong
+// with the configuration is reported before anything is served. Close releases
+// what it took, also after Run.
+func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Secrets == "" {
+		c.Secrets = filepath.Join(c.Data, "secrets")
+	}
+	s := &Standalone{}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if err := makeData(c.Data); err != nil {
+		return nil, err
+	}
+	if s.unlock, err = lock(c.Data); err != nil {
+		return nil, err
+	}
+	if s.store, err = storage.Open(ctx, storage.Config{Root: filepath.Join(c.Data, "registry"), Logger: c.Logger}); err != nil {
+		return nil, err
+	}
+	upstream, err := parentOf(c.Resource.Spec.Parent, c.Secrets)
+	if err != nil {
+		return nil, err
+	}
+	for _, open := range []func(Config, *parent) error{s.openRegistry, s.openSyncer, s.openCache, s.openAgent} {
+		if err := open(c, upstream); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// Run runs every part until ctx ends or one of them fails, and returns when all
+// have stopped: within five seconds of the end of ctx.
+func (s *Standalone) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	if s.Registry != nil {
+		g.Go(func() error { return s.Registry.Run(ctx) })
+	}
+	if s.Cache != nil {
+		g.Go(func() error { return s.Cache.Run(ctx) })
+	}
+	if s.Agent != nil {
+		g.Go(func() error { return s.Agent.Run(ctx) })
+	}
+	if s.Syncer != nil {
+		g.Go(func() error { return s.Syncer.Run(ctx) })
+	}
+	return g.Wait()
+}
+
+// Close releases the ports and the data directory. It is called once, after
+// Run or instead of it.
+func (s *Standalone) Close() {
+	for _, l := range s.listeners {
+		l.Close() // closed already by the part that served on it, if that ran
+	}
+	if s.store != nil {
+		s.store.Close()
+	}
+	if s.unlock != nil {
+		s.unlock()
+	}
+}
+
+func (s *Standalone) openRegistry(c Config, _ *parent) error {
+	if c.Listen == "" {
+		return nil
+	}
+	if !c.Resource.Spec.AnonymousPull {
+		return errors.New("nobody could pull: allow it to everybody with spec.anonymousPull or --anonymous")
+	}
+	l, err := s.listen(c.Listen, "--listen")
+	if err != nil {
+		return err
+	}
+	s.LoginServer = c.Resource.Spec.LoginServer
+	if s.LoginServer == "" {
+		s.LoginServer = loginServer(l.Addr())
+	}
+	certs := filepath.Join(c.Data, "tls")
+	if err := s.openTLS(filepath.Join(c.Data, "ca"), certs, l.Addr()); err != nil {
+		return err
+	}
+	readOnly := c.Resource.Spec.Mode != v1alpha1.ModeReadWrite
+	s.Registry, err = registry.New(registry.Config{
+		Store:    s.store,
+		Listener: l,
+		CertFile: filepath.Join(certs, "tls.crt"),
+		KeyFile:  filepath.Join(certs, "tls.key"),
+		ReadOnly: func() bool { return readOnly },
+		Logger:   c.Logger,
+	})
+	return err
+}
+
+// openTLS loads the built-in CA, made on the first start and kept, and sees to a
+// serving certificate that fits the registry's names.
+func (s *Standalone) openTLS(ca, certs string, addr net.Addr) error {
+	for _, dir := range []string{ca, certs} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making room for certificates: %w", err)
+		}
+	}
+	authority, err := trust.LoadOrCreateAuthority(ca, time.Now())
+	if err != nil {
+		return err
+	}
+	s.ca = authority.Bundle()
+	names, err := servingNames(s.LoginServer, addr)
+	if err != nil {
+		return err
+	}
+	_, err = authority.EnsureServing(certs, names, time.Now())
+	return err
+}
+
+func (s *Standalone) openSyncer(c Config, p *parent) (err error) {
+	if p == nil {
+		return nil
+	}
+	sync := c.Resource.Spec.Sync
+	var window time.Duration
+	if sync.Window != "" {
+		if window, err = v1alpha1.ParseDuration(sync.Window); err != nil {
+			return fmt.Errorf("spec.sync.window: %w", err)
+		}
+	}
+	s.Syncer, err = syncer.New(syncer.Config{
+		Store:        s.store.Namespace(),
+		Driver:       s.store.Driver(),
+		Parent:       p.Parent,
+		Repositories: c.Resource.Spec.Repositories,
+		Schedule:     sync.Schedule,
+		Window:       window,
+		Concurrency:  sync.Concurrency,
+		Referrers:    *sync.Referrers,
+		Progress:     c.Progress,
+		Logger:       c.Logger,
+	})
+	return err
+}
+
+func (s *Standalone) openCache(c Config, p *parent) error {
+	if c.CacheListen == "" || s.Registry == nil {
+		return nil
+	}
+	l, err := s.listen(c.CacheListen, "--cache-listen")
+	if err != nil {
+		return err
+	}
+	if a, ok := l.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
+		return fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", c.CacheListen)
+	}
+	s.CacheURL = "http://" + l.Addr().String()
+	central := cache.Upstream{URL: "https://" + reachable(s.listeners[0].Addr()), CAFile: filepath.Join(c.Data, "ca", "ca.crt")}
+	registries := map[string]cache.Registry{
+		s.LoginServer: {Upstreams: []cache.Upstream{central}},
+	}
+	for _, m := range mirrors(c.Resource, p) {
+		registries[m.Registry] = cache.Registry{Upstreams: []cache.Upstream{central}, TagsUpstream: m.TagsUpstream}
+	}
+	limits := c.Resource.Spec.NodeCache
+	config := cache.Config{
+		Dir:        filepath.Join(c.Data, "cache"),
+		Registries: registries,
+		Listener:   l,
+		Logger:     c.Logger,
+	}
+	if limits.MaxSize != nil {
+		config.MaxSize = limits.MaxSize.Value()
+	}
+	if limits.MinFreeDisk != nil {
+		config.MinFreeDisk = limits.MinFreeDisk.Value()
+	}
+	s.Cache, err = cache.New(config)
+	return err
+}
+
+func (s *Standalone) openAgent(c Config, p *parent) (err error) {
+	if c.NodeRoot == "" || s.Registry == nil {
+		return nil
+	}
+	s.Agent, err = agent.New(agent.Config{
+		NodeRoot: c.NodeRoot,
+		Registry: s.LoginServer,
+		CA:       s.ca,
+		Push:     c.Resource.Spec.Mode == v1alpha1.ModeReadWrite,
+		CacheURL: s.CacheURL,
+		Mirrors:  mirrors(c.Resource, p),
+		Logger:   c.Logger,
+	})
+	return err
+}
+
+func (s *Standalone) listen(addr, flag string) (net.Listener, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(context.Background(), "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("taking the address for %s: %w: stop what uses it or give another address", flag, err)
+	}
+	s.listeners = append(s.listeners, l)
+	return l, nil
+}
+
+func makeData(dir string) error {
+	if dir == "" {
+		return errors.New("no data directory: give one with --data")
+	}
+	err := os.MkdirAll(dir, 0o755)
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("creating the data directory: %w: run as root or give another with --data", err)
+	}
+	if err != nil {
+		return fmt.Errorf("creating the data directory: %w: give another with --data", err)
+	}
+	return nil
+}
