@@ -3,7 +3,7 @@
 // authority, containerd's hosts.toml files, the system trust store, and the
 // record from which all of it can be undone.
 //
-// Everything that decides is pure ([ParseBundle], [Hosts.Render], [Merge]);
+// Everything that decides is pure ([ParseBundle], [Hosts.Render]);
 // [Store] carries decisions out, durably and inside one directory tree.
 //
 // It imports nothing else of this module.

@@ -3,7 +3,6 @@ package trust
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"net/url"
 	"path"
@@ -147,9 +146,9 @@ func (h Hosts) validate() error {
 		}
 	}
 	seen := make(map[string]bool)
-	for _, hop := range h.Hops {
+	for i, hop := range h.Hops {
 		if err := hop.validate(); err != nil {
-			return fmt.Errorf("host %q: %w", hop.URL, err)
+			return fmt.Errorf("host %d: %w", i+1, err)
 		}
 		if seen[hop.URL] {
 			return fmt.Errorf("host %q is listed twice: containerd would ignore the whole file", hop.URL)
@@ -163,7 +162,7 @@ func (h Hosts) validate() error {
 		return checkCAName(h.Server.CA)
 	}
 	if err := h.Server.validate(); err != nil {
-		return fmt.Errorf("server %q: %w", h.Server.URL, err)
+		return fmt.Errorf("server: %w", err)
 	}
 	return nil
 }
@@ -197,17 +196,17 @@ func checkCAName(name string) error {
 }
 
 // ParseURL checks the URL of a registry: http or https, a host that ParseHost
-// takes, at most a clean path, nothing else.
+// takes, at most a clean path, nothing else. Errors never repeat a password.
 func ParseURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	if err != nil {
-		return nil, fmt.Errorf("URL %.200q does not parse: give scheme://host[:port]", s)
+		return nil, errors.New("URL does not parse: give scheme://host[:port]")
 	}
 	switch {
-	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("URL %.200q: must begin with http:// or https://", s)
 	case u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.Opaque != "":
 		return nil, errors.New("URL: give scheme://host[:port][/path] without user, query and fragment")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, fmt.Errorf("URL %.200q: must begin with http:// or https://", s)
 	case u.Path != "" && (path.Clean(u.Path) != u.Path || !urlPath.MatchString(u.Path)):
 		return nil, fmt.Errorf("URL %.200q: the path must be clean and plain", s)
 	}
@@ -280,6 +279,3 @@ func DirectoryNames(registry string) []string {
 
 // HTTPS returns the https URL of a registry host.
 func HTTPS(host string) string { return "https://" + host }
-
-// isIP tells an address from a name.
-func isIP(host string) bool { return net.ParseIP(host) != nil }

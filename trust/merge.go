@@ -28,27 +28,17 @@ const (
 	keptHead = "\n# What was in this file before:\n"
 )
 
-// Merge puts ours before what an operator's hosts.toml says. Their text stays
-// as it is, in order and with its comments, as far as TOML allows: a file whose
-// hosts are written inline, or which containerd cannot read, is kept as a
-// comment. notes say what of theirs or ours did not take effect.
-//
-// Their top-level settings (server and what belongs to it) win over ours,
-// unless ours are [ServerOnly].
-func Merge(ours Hosts, theirs []byte) (merged []byte, notes []string, err error) {
-	f, err := parseForeign(theirs)
-	if err != nil {
-		notes = append(notes, unreadable(err))
-		f = foreign{text: theirs}
-	}
-	merged, more, err := ours.merge(f)
-	return merged, append(notes, more...), err
-}
-
 func unreadable(err error) string {
 	return fmt.Sprintf("the hosts.toml that was there is not one that containerd reads (%v): it is kept as a comment", err)
 }
 
+// merge puts ours before what an operator has. Their text stays as it is, in
+// order and with its comments, as far as TOML allows: a file whose hosts are
+// written inline, or which containerd cannot read, is kept as a comment. notes
+// say what of theirs or ours does not take effect.
+//
+// Their top-level settings (server and what belongs to it) win over ours,
+// unless ours are [ServerOnly].
 func (h Hosts) merge(f foreign) (merged []byte, notes []string, err error) {
 	if err := h.validate(); err != nil {
 		return nil, nil, err
@@ -73,9 +63,11 @@ type foreign struct {
 	top bool
 	// tables is the offset of the first table, len(text) if there is none.
 	tables int
-	// insertable: nothing but hosts in their usual form, so that tables of
-	// ours may be put at tables.
+	// insertable: all hosts are in their usual form, so that tables of ours
+	// may be put at tables.
 	insertable bool
+	// header: the server's headers are a table, which may be anywhere.
+	header bool
 }
 
 type foreignHop struct {
@@ -146,7 +138,7 @@ func (f *foreign) scan() (order []string) {
 		}
 		f.top = f.top || slices.ContainsFunc(serverKeys, func(k string) bool { return strings.EqualFold(k, parts[0]) })
 		if parts[0] == "header" && e.Kind != unstable.KeyValue {
-			f.insertable = false
+			f.header = true
 		}
 		if parts[0] != "host" {
 			continue
@@ -361,7 +353,7 @@ func (h Hosts) beside(f foreign) Hosts {
 // insertInto puts our tables into their text and reports whether that gives
 // what was meant. With aside, their top-level settings become comments.
 func (h Hosts) insertInto(f foreign, aside bool) (merged []byte, ok bool) {
-	if !f.insertable {
+	if !f.insertable || aside && f.header {
 		return nil, false
 	}
 	head, comment := cutTrailingComment(string(f.text[:f.tables]))

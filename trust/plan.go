@@ -100,7 +100,8 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 	if dir.missing, err = s.missing(dir.path); err != nil {
 		return dir, err
 	}
-	if s.looksOurs(dir.path) {
+	found := s.looksOurs(dir.path)
+	if found {
 		s.record.create([]string{dir.path})
 	}
 	own := len(dir.missing) > 0 || s.record.created(dir.path)
@@ -131,8 +132,10 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		f := plannedFile{path: path.Join(dir.path, name), data: files[name], mode: 0o644}
-		if f.before, err = s.originalCA(f.path); err != nil {
-			return dir, err
+		if !found {
+			if f.before, err = s.originalCA(f.path); err != nil {
+				return dir, err
+			}
 		}
 		dir.files = append(dir.files, f)
 	}
@@ -149,13 +152,17 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 // looksOurs recognises a directory of ours of which there is no record, for it
 // was lost: everything in it bears our marker or a name that we give.
 func (s *session) looksOurs(dir string) bool {
+	if s.record.file(path.Join(dir, hostsFile)) != nil {
+		return false
+	}
 	text, err := s.read(path.Join(dir, hostsFile))
 	if err != nil || !bearsMarker(text) || len(unmerge(text)) > 0 {
 		return false
 	}
 	names, err := s.list(dir)
 	return err == nil && !slices.ContainsFunc(names, func(n string) bool {
-		return n != hostsFile && !strings.HasPrefix(n, keptPrefix) && !bytes.Contains(text, []byte(`"`+n+`"`))
+		ours := n == hostsFile || strings.HasPrefix(n, keptPrefix) || bytes.Contains(text, []byte(`"`+n+`"`))
+		return !ours || strings.HasPrefix(n, foreignPrefix)
 	})
 }
 
@@ -222,7 +229,7 @@ func (s *session) original(name string) (*formerFile, error) {
 		return nil, nil
 	case now == nil:
 		return rec.Before, nil
-	case rec != nil && (rec.isOurs(now.Data) || bearsMarker(now.Data)):
+	case rec != nil && rec.isOurs(now.Data):
 		return rec.Before, nil
 	case bearsMarker(now.Data):
 		// The record is lost; what we merged can be taken apart again.
@@ -290,8 +297,14 @@ func (s *session) foreignConfig(dir string, own bool, before *formerFile) (f for
 	if before != nil && len(before.Data) > 0 {
 		f, err = parseForeign(before.Data)
 		if err == nil {
+			if !f.insertable {
+				// containerd 2.3 ignores inline hosts, and would take ours:
+				// they must not fail over a CA that was never there.
+				f, copies = s.carry(f, dir, "", own)
+				f.text = before.Data
+			}
 			f.mode = before.Mode
-			return f, nil, nil
+			return f, copies, nil
 		}
 		s.note("/%s/%s: %s", dir, hostsFile, unreadable(err))
 		f, copies, err = s.certificateDir(dir, "", own)

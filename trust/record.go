@@ -100,8 +100,12 @@ func (r *record) forgetDirectory(dir string) {
 	r.Directories = slices.DeleteFunc(r.Directories, func(d string) bool { return d == dir })
 }
 
-// isOurs reports whether data is something that we wrote to the file.
-func (f *recordedFile) isOurs(data []byte) bool { return slices.Contains(f.SHA256, hash(data)) }
+// isOurs reports whether the hosts.toml that is there now is ours, be it changed
+// since: something that we wrote, what bears our marker, or nothing at all,
+// which is to containerd as if there was no file.
+func (f *recordedFile) isOurs(data []byte) bool {
+	return len(data) == 0 || slices.Contains(f.SHA256, hash(data)) || bearsMarker(data)
+}
 
 // encode is stable, so that an unchanged record is not written again.
 func (r *record) encode() ([]byte, error) {

@@ -229,40 +229,59 @@ type session struct {
 // begin opens the node root, takes the lock and loads the record. With create,
 // the record's directory is made if it is missing; otherwise that gives
 // fs.ErrNotExist, with a session that has no record.
-func (s *Store) begin(ctx context.Context, create bool) (*session, func(), error) {
+func (s *Store) begin(ctx context.Context, create bool) (run *session, done func(), err error) {
 	s.mu.Lock()
+	release := []func(){s.mu.Unlock}
+	end := func() {
+		for _, f := range slices.Backward(release) {
+			f()
+		}
+	}
+	// Also when a test ends a step by a panic.
+	begun := false
+	defer func() {
+		if !begun {
+			end()
+		}
+	}()
 	root, err := os.OpenRoot(s.nodeRoot)
 	if err != nil {
-		s.mu.Unlock()
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: create the directory, or choose another with --node-root", err)
 		}
 		return nil, nil, err
 	}
-	unlock := func() {}
-	done := func() {
-		unlock()
-		_ = root.Close()
-		s.mu.Unlock()
-	}
-	run := &session{
+	release = append(release, func() { _ = root.Close() })
+	run = &session{
 		disk:     &disk{root: root, before: s.before},
 		rebuild:  s.rebuild,
 		nodeRoot: s.nodeRoot,
 	}
-	release, err := run.open(ctx, create)
+	if create {
+		if err := run.locate(s.certsDir); err != nil {
+			return nil, nil, err
+		}
+	}
+	unlock, err := run.open(ctx, create)
 	if err == nil {
-		unlock = release
+		release = append(release, unlock)
 		err = run.prepare(s, create)
 	}
-	switch {
-	case err == nil:
-		return run, done, nil
-	case !create && run.record == nil && errors.Is(err, fs.ErrNotExist):
-		return run, done, err
+	if err == nil || !create && run.record == nil && errors.Is(err, fs.ErrNotExist) {
+		begun = true
+		return run, end, err
 	}
-	done()
 	return nil, nil, err
+}
+
+// locate finds the hosts directory, before anything is touched.
+func (s *session) locate(certsDir string) (err error) {
+	if s.certs, err = s.resolve(certsDir); err != nil {
+		return err
+	}
+	s.result.CertsDir = "/" + s.certs
+	_, err = s.missing(s.certs)
+	return err
 }
 
 // open takes the lock. Another process may remove the directory between two
@@ -310,12 +329,6 @@ func (s *session) createRecord(dir string) error {
 func (s *session) prepare(store *Store, create bool) (err error) {
 	if s.record, err = loadRecord(s.disk, s.recordName); err != nil {
 		return err
-	}
-	if create {
-		if s.certs, err = s.resolve(store.certsDir); err != nil {
-			return err
-		}
-		s.result.CertsDir = "/" + s.certs
 	}
 	if !create || !store.swept {
 		if err := s.sweepAll(); err != nil {

@@ -100,7 +100,7 @@ func (s *session) isWhollyOurs(dir string, files []*recordedFile) bool {
 		}
 		if name == hostsFile {
 			now, err := s.former(files[i].Path)
-			if err != nil || !files[i].isOurs(now.Data) && !bearsMarker(now.Data) {
+			if err != nil || !files[i].isOurs(now.Data) {
 				return false
 			}
 		}
@@ -145,7 +145,7 @@ func (s *session) undo(f *recordedFile) error {
 		return err
 	}
 	switch {
-	case isHosts && now != nil && !f.isOurs(now.Data) && !bearsMarker(now.Data):
+	case isHosts && now != nil && !f.isOurs(now.Data):
 		if f.Before == nil || !bytes.Equal(now.Data, f.Before.Data) {
 			s.note("/%s was replaced by somebody: it is left as it is", f.Path)
 		}
