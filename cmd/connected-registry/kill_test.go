@@ -315,3 +315,21 @@ func waitStored(t *testing.T, dir string, n int) []string {
 		time.Sleep(20 * time.Millisecond)
 	}
 }
+
+// waitFile waits until a process that reports its end on done has made a file.
+func waitFile(t *testing.T, name string, done <-chan error) {
+	t.Helper()
+	deadline := time.After(30 * time.Second)
+	for {
+		if _, err := os.Stat(name); err == nil {
+			return
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("the process ended before it made %s: %v", name, err)
+		case <-deadline:
+			t.Fatalf("%s was not made", name)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
