@@ -187,7 +187,7 @@ func (r *recent[K]) has(k K) bool {
 	return time.Now().Before(r.until[k])
 }
 
-// served is a digest that an upstream served.
+// served is a digest that an upstream served, any if it is empty.
 type served struct {
 	upstream *upstream
 	digest   digest.Digest

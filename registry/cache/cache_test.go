@@ -478,3 +478,19 @@ func TestManifests(t *testing.T) {
 		t.Errorf("the upstream was asked again: %q", o.asked)
 	}
 }
+
+// lockedWriter makes a buffer safe for a logger.
+type lockedWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
+func debugLog(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(&lockedWriter{w: w}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}

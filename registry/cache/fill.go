@@ -19,16 +19,17 @@ type fill struct {
 	digest digest.Digest
 	cancel context.CancelCauseFunc
 
-	mu      sync.Mutex // guards everything below
-	changed chan struct{}
-	path    string // of the file to read
-	known   bool   // size is
-	size    int64
-	written int64
-	state   fillState
-	err     error // of a failed fill
-	readers int
-	unread  *time.Timer
+	mu       sync.Mutex // guards everything below
+	changed  chan struct{}
+	path     string // of the file to read
+	known    bool   // size is
+	size     int64
+	written  int64
+	distrust bool // an upstream in use was wrong lately: nothing is read before it is verified
+	state    fillState
+	err      error // of a failed fill
+	readers  int
+	unread   *time.Timer
 }
 
 type fillState int
@@ -94,29 +95,29 @@ func (f *fill) awaitSize(ctx context.Context) (int64, error) {
 	return f.size, err
 }
 
-// awaitVerdict blocks until the content is verified or the fill has failed, but
-// no longer than patience. It reports whether it is verified.
-func (f *fill) awaitVerdict(ctx context.Context, patience time.Duration) (bool, error) {
+// awaitStart blocks until there is something to read at pos, or nothing at all
+// in an empty body, but no longer than patience. An error says that nothing
+// will come, and that nothing has been promised to the client yet.
+func (f *fill) awaitStart(ctx context.Context, pos int64, patience time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errBusy)
 	defer cancel()
-	err := f.await(ctx, func() bool { return f.state != filling })
-	if errors.Is(err, errBusy) {
-		return false, nil
+	var failure error
+	err := f.await(ctx, func() bool {
+		if f.limit() > pos || f.state == verified || f.state == finished {
+			return true
+		}
+		failure = f.err
+		return f.state == failed
+	})
+	if err == nil || errors.Is(err, errBusy) {
+		return failure
 	}
-	if err != nil {
-		return false, err
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.state == failed {
-		return false, f.err
-	}
-	return true, nil
+	return err
 }
 
 // limit returns how far the content may be read: all of it once it is
-// verified; before, a small body not at all and a larger one up to its tail,
-// so that no wrong body can ever be complete. f.mu is held.
+// verified; before, a small or dubious body not at all and a larger one up to
+// its tail, so that no wrong body can ever be complete. f.mu is held.
 func (f *fill) limit() int64 {
 	switch {
 	case f.state == verified, f.state == finished:
@@ -124,13 +125,14 @@ func (f *fill) limit() int64 {
 	case errors.Is(f.err, errBadContent):
 		return 0
 	default:
-		return max(0, min(f.written, f.size-holdBack(f.size)))
+		return max(0, min(f.written, f.size-f.holdBack()))
 	}
 }
 
-func holdBack(size int64) int64 {
-	if size <= HoldBackWhole {
-		return size
+// holdBack returns how many bytes at the end wait for the digest. f.mu is held.
+func (f *fill) holdBack() int64 {
+	if f.size <= HoldBackWhole || f.distrust {
+		return f.size
 	}
 	return holdBackTail
 }
@@ -256,7 +258,7 @@ func (c *Cache) download(ctx context.Context, f *fill, rq *request) {
 		c.log.Warn("an upstream served wrong bytes; they were not kept", "registry", rq.registry.host,
 			"repository", rq.repo, "digest", f.digest, "upstream", src.names())
 		for _, up := range src.used {
-			c.bad.add(served{up, f.digest}, badContentMemory)
+			c.distrust(up, f.digest)
 		}
 		p.abandon()
 		c.endFill(f)
@@ -293,7 +295,10 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 	if p.offset != from {
 		src.rewind(p.offset)
 	}
-	f.update(func() { f.known, f.size, f.written = true, src.size, p.offset })
+	f.update(func() {
+		f.known, f.size, f.written = true, src.size, p.offset
+		f.distrust = c.bad.has(served{upstream: src.used[0]})
+	})
 	return src, p, nil
 }
 
@@ -335,6 +340,12 @@ func (c *Cache) finish(f *fill, p *partial) {
 	}
 	c.endFill(f)
 	f.update(func() { f.state = finished })
+}
+
+// distrust remembers that up served wrong bytes for d.
+func (c *Cache) distrust(up *upstream, d digest.Digest) {
+	c.bad.add(served{up, d}, badContentMemory)
+	c.bad.add(served{upstream: up}, badContentMemory)
 }
 
 // storeError reports that the disk, not the upstream, failed.

@@ -324,10 +324,10 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 	if !ok {
 		return outOfRange(w, size)
 	}
-	if size <= HoldBackWhole {
-		if _, err := f.awaitVerdict(ctx, c.cfg.Timeouts.Headers-time.Since(began)); err != nil {
-			return c.fillFailed(w, r, rq, err, false)
-		}
+	// Once headers are out, a download that brings nothing would have containerd
+	// come back here until it gives up.
+	if err := f.awaitStart(ctx, s.start, c.cfg.Timeouts.Headers-time.Since(began)); err != nil {
+		return c.fillFailed(w, r, rq, err, started)
 	}
 	file, err := f.open()
 	if err != nil {
@@ -441,7 +441,7 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 	c.metrics.served.WithLabelValues(how.source).Add(float64(out.sent))
 	if errors.Is(err, errBadContent) {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
-		c.bad.add(served{ans.upstream, rq.digest}, badContentMemory)
+		c.distrust(ans.upstream, rq.digest)
 		c.log.Warn("an upstream served wrong bytes", "registry", rq.registry.host,
 			"repository", rq.repo, "digest", rq.digest, "upstream", ans.upstream.base.Host)
 	}
