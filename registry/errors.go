@@ -62,6 +62,8 @@ var (
 	errSizeInvalid         = &apiError{status: 400, code: "SIZE_INVALID", message: "provided length did not match content length"}
 	errTagInvalid          = &apiError{status: 400, code: "TAG_INVALID", message: "invalid tag"}
 	errReadOnly            = &apiError{status: 403, code: "DENIED", message: "this connected registry is read-only; push to the parent registry"}
+	errUnauthorized        = &apiError{status: 401, code: "UNAUTHORIZED", message: "authentication required"}
+	errDenied              = &apiError{status: 403, code: "DENIED", message: "requested access to the resource is denied"}
 	errUnsupported         = &apiError{status: 405, code: "UNSUPPORTED", message: "the operation is unsupported"}
 	errFull                = &apiError{status: 507, code: "UNAVAILABLE", message: "the registry's storage is full"}
 	errInternal            = &apiError{status: 500, code: "UNKNOWN", message: "the registry met an internal fault; its log says which"}

@@ -7,6 +7,9 @@ import (
 	"net/http"
 	"runtime/debug"
 	"time"
+
+	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // serveHTTP answers one request: it finds the endpoint, lets its handler answer
@@ -21,6 +24,10 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 			s.recovered(rec, r, p)
 		}
 	}()
+	if s.cfg.Auth != nil && (r.URL.Path == auth.TokenPath || r.URL.Path == auth.TokenPathShort) {
+		s.cfg.Auth.ServeToken(rec, r)
+		return
+	}
 	// What docker looks for to tell a registry from any other server.
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 	if err := s.handle(rec, r, rt); err != nil {
@@ -28,29 +35,42 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// handle calls the handler of an endpoint.
-func (s *Server) handle(w http.ResponseWriter, r *http.Request, rt route) error {
-	switch rt.end {
-	case endUnknown:
+// handle checks that a request may be made, and calls the handler of its
+// endpoint.
+func (s *Server) handle(w *recorder, r *http.Request, rt route) error {
+	if rt.end == endUnknown {
 		return errNotFound
-	case endBase, endCatalog:
-		if isWrite(r.Method) {
-			return s.notAllowed(w, rt)
-		}
-		if rt.end == endCatalog {
-			return s.listRepositories(w, r)
-		}
-		return writeJSON(w, r, struct{}{})
 	}
-	repo, err := s.cfg.Store.Repository(rt.name)
-	if err != nil {
-		return errNameInvalid.with(map[string]string{"name": rt.name})
+	registryWide := rt.end == endBase || rt.end == endCatalog
+	if registryWide && isWrite(r.Method) {
+		return s.notAllowed(w, rt)
+	}
+	var repo storage.Repository
+	if !registryWide {
+		var err error
+		if repo, err = s.cfg.Store.Repository(rt.name); err != nil {
+			return errNameInvalid.with(map[string]string{"name": rt.name})
+		}
 	}
 	if isWrite(r.Method) && s.cfg.ReadOnly() {
 		return errReadOnly
 	}
+	who, err := s.authorize(w, r, rt)
+	w.user = who.name()
+	if err != nil {
+		return err
+	}
+	return s.dispatch(w, r, rt, repo, who)
+}
+
+// dispatch calls the handler of an endpoint.
+func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, rt route, repo storage.Repository, who caller) error {
 	read := !isWrite(r.Method)
 	switch {
+	case rt.end == endBase:
+		return writeJSON(w, r, struct{}{})
+	case rt.end == endCatalog:
+		return s.listRepositories(w, r, who)
 	case rt.end == endManifest && read:
 		return s.getManifest(w, r, repo, rt.ref)
 	case rt.end == endManifest && r.Method == http.MethodPut:
@@ -62,7 +82,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request, rt route) error 
 	case rt.end == endBlob && r.Method == http.MethodDelete:
 		return s.deleteBlob(w, r, repo, rt.ref)
 	case rt.end == endUploads && r.Method == http.MethodPost:
-		return s.startUpload(w, r, repo)
+		return s.startUpload(w, r, repo, who)
 	case rt.end == endUpload && read:
 		return s.uploadProgress(w, r, repo, rt.ref)
 	case rt.end == endUpload && r.Method == http.MethodPatch:
@@ -110,14 +130,20 @@ func (s *Server) recovered(w *recorder, r *http.Request, p any) {
 	writeError(w, r, errInternal)
 }
 
-// account writes the access log and counts the request.
+// account counts the request and writes the access log: at info level what
+// changed something or was denied, which is the audit log, and the rest, by far
+// the most, at debug level.
 func (s *Server) account(w *recorder, r *http.Request, rt route, took time.Duration) {
 	s.metrics.observe(rt.end, r.Method, w.status, w.bytes, took)
-	if !s.log.Enabled(context.Background(), slog.LevelDebug) {
+	level := slog.LevelDebug
+	if w.status == http.StatusForbidden || isWrite(r.Method) && w.status < 300 && rt.end != endUploads && r.Method != http.MethodPatch {
+		level = slog.LevelInfo
+	}
+	if !s.log.Enabled(context.Background(), level) {
 		return
 	}
-	s.log.Debug("request", "method", r.Method, "path", r.URL.Path, "status", w.status, "bytes", w.bytes,
-		"took", took, "client", r.RemoteAddr, "agent", r.UserAgent())
+	s.log.Log(context.Background(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status,
+		"bytes", w.bytes, "took", took, "user", w.user, "client", r.RemoteAddr, "agent", r.UserAgent())
 }
 
 // recorder remembers the status and size of an answer. It passes ReadFrom on,
@@ -126,6 +152,7 @@ type recorder struct {
 	http.ResponseWriter
 	status int
 	bytes  int64
+	user   string // who made the request, when known
 }
 
 func (w *recorder) WriteHeader(status int) {

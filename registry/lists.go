@@ -37,8 +37,9 @@ func (s *Server) listTags(w http.ResponseWriter, r *http.Request, repo storage.R
 	}{repo.Name(), tags})
 }
 
-// listRepositories answers with a page of the catalogue.
-func (s *Server) listRepositories(w http.ResponseWriter, r *http.Request) error {
+// listRepositories answers with a page of the catalogue: of those repositories
+// that the caller may see.
+func (s *Server) listRepositories(w http.ResponseWriter, r *http.Request, who caller) error {
 	n, err := pageSize(r, defaultPage)
 	if err != nil {
 		return err
@@ -47,6 +48,9 @@ func (s *Server) listRepositories(w http.ResponseWriter, r *http.Request) error 
 	for name, err := range s.cfg.Store.Repositories(r.URL.Query().Get("last")) {
 		if err != nil {
 			return fmt.Errorf("listing repositories: %w", err)
+		}
+		if !who.sees(name) {
+			continue
 		}
 		if len(names) == n {
 			more = true

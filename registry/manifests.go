@@ -62,19 +62,19 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 }
 
 // deleteManifest deletes a tag, or a manifest with the tags that name it.
-func (s *Server) deleteManifest(w http.ResponseWriter, _ *http.Request, repo storage.Repository, ref string) error {
+func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
 	unknown := errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref})
 	if strings.Contains(ref, ":") {
 		d, err := parseDigest(ref)
 		if err != nil {
 			return err
 		}
-		if err := repo.DeleteManifest(d); err != nil {
+		if err := repo.DeleteManifest(r.Context(), d); err != nil {
 			return ifAbsent(err, unknown)
 		}
 	} else if !storage.ValidTag(ref) {
 		return errTagInvalid.because("%q is neither a tag nor a digest", ref)
-	} else if err := repo.DeleteTag(ref); err != nil {
+	} else if err := repo.DeleteTag(r.Context(), ref); err != nil {
 		return ifAbsent(err, unknown)
 	}
 	w.Header().Set("Content-Length", "0")

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/storage"
 )
 
@@ -32,8 +33,11 @@ type Config struct {
 	// the mode can change while the replica serves; true refuses it. Nil:
 	// writes are accepted.
 	ReadOnly func() bool
-	// Logger receives the access log at debug level and faults at error level.
-	// Nil discards them.
+	// Auth decides who may do what. Run keeps its tokens up to date. Nil:
+	// everybody may do everything that the mode allows.
+	Auth *auth.Authority
+	// Logger receives what was changed or denied at info level, every other
+	// request at debug level, and faults at error level. Nil discards them.
 	Logger *slog.Logger
 	// Metrics is where the replica's metrics are registered. Nil: nowhere.
 	Metrics prometheus.Registerer
@@ -111,6 +115,12 @@ func (s *Server) Run(ctx context.Context) error {
 	if s.keys != nil {
 		g.Go(func() error {
 			s.keys.watch(ctx)
+			return nil
+		})
+	}
+	if s.cfg.Auth != nil {
+		g.Go(func() error {
+			s.cfg.Auth.Watch(ctx)
 			return nil
 		})
 	}

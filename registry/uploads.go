@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/storage"
 )
 
@@ -24,10 +25,13 @@ import (
 
 // startUpload begins an upload, or makes it unnecessary: by mounting a blob
 // from another repository, or by taking all of it in this request.
-func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository) error {
+func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, who caller) error {
 	query := r.URL.Query()
-	if mount := query.Get("mount"); mount != "" {
-		done, err := s.mount(w, r, repo, mount, query.Get("from"))
+	mount, from := query.Get("mount"), query.Get("from")
+	// Whether the other repository has it is nobody's business who may not
+	// read there; the client uploads instead.
+	if mount != "" && who.may(from, v1alpha1.ActionContentRead) {
+		done, err := s.mount(w, r, repo, mount, from)
 		if done || err != nil {
 			return err
 		}
@@ -291,12 +295,12 @@ func blobCreated(w http.ResponseWriter, repo storage.Repository, d digest.Digest
 }
 
 // deleteBlob takes a blob out of the repository.
-func (s *Server) deleteBlob(w http.ResponseWriter, _ *http.Request, repo storage.Repository, ref string) error {
+func (s *Server) deleteBlob(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
 	d, err := parseDigest(ref)
 	if err != nil {
 		return err
 	}
-	if err := repo.DeleteLayer(d); err != nil {
+	if err := repo.DeleteLayer(r.Context(), d); err != nil {
 		return ifAbsent(err, errBlobUnknown.with(map[string]string{"digest": ref}))
 	}
 	w.Header().Set("Content-Length", "0")

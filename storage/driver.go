@@ -82,10 +82,8 @@ func (d *driver) PutContent(ctx context.Context, path string, content []byte) er
 	if isBlob && dgst.Algorithm().FromBytes(content) != dgst {
 		return fmt.Errorf("storing blob: %w: expected %s", ErrCorrupt, dgst)
 	}
-	if err := d.mkdirFor(path); err != nil {
-		return err
-	}
-	if err := d.StorageDriver.PutContent(ctx, path, content); err != nil {
+	err := d.untilPlaced(path, func() error { return d.StorageDriver.PutContent(ctx, path, content) })
+	if err != nil {
 		return err
 	}
 	if isBlob {
@@ -107,13 +105,60 @@ func (d *driver) Move(ctx context.Context, source, dest string) error {
 	if dgst, ok := parseBlobPath(dest); ok && isUploadData(source) {
 		d.seal(source, dgst)
 	}
-	if err := d.mkdirFor(dest); err != nil {
-		return err
-	}
-	if err := d.StorageDriver.Move(ctx, source, dest); err != nil {
+	err := d.untilPlaced(dest, func() error { return d.StorageDriver.Move(ctx, source, dest) })
+	if err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(d.store.path(dest)))
+}
+
+// Delete removes a file or a tree: for whoever looks, in one step, so that a
+// push to the same place meets all of it or none. It is durable, too.
+func (d *driver) Delete(_ context.Context, path string) error {
+	if !storagedriver.PathRegexp.MatchString(path) {
+		return storagedriver.InvalidPathError{Path: path, DriverName: d.Name()}
+	}
+	target := d.store.path(path)
+	trash, err := os.MkdirTemp(filepath.Join(d.store.root, trashDir), "")
+	if err != nil {
+		return d.error(path, err)
+	}
+	defer os.RemoveAll(trash)
+	if err := os.Rename(target, filepath.Join(trash, "deleted")); err != nil {
+		return d.error(path, err)
+	}
+	return syncDir(filepath.Dir(target))
+}
+
+// Writer opens an upload's data for writing.
+func (d *driver) Writer(ctx context.Context, path string, append bool) (storagedriver.FileWriter, error) {
+	w, err := d.StorageDriver.Writer(ctx, path, append)
+	return w, cause(err)
+}
+
+// untilPlaced makes the directories for a file and calls place to put it there,
+// again when a deletion took the directories away in between.
+func (d *driver) untilPlaced(path string, place func() error) error {
+	for attempt := 1; ; attempt++ {
+		err := d.mkdirFor(path)
+		if err == nil {
+			err = cause(place())
+		}
+		var absent storagedriver.PathNotFoundError
+		vanished := errors.Is(err, fs.ErrNotExist) || errors.As(err, &absent)
+		if !vanished || attempt == 10 {
+			return err
+		}
+	}
+}
+
+// cause takes the wrapping off an error of the driver underneath, which hides
+// what is inside from errors.Is.
+func cause(err error) error {
+	if wrapped, ok := err.(storagedriver.Error); ok {
+		return wrapped.Detail
+	}
+	return err
 }
 
 // seal marks a file that has just been verified. A file without its seal is

@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"iter"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -129,7 +131,8 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 	} else if d.Algorithm().FromBytes(content) != d {
 		return fmt.Errorf("storing manifest: %w: expected %s", ErrCorrupt, d)
 	}
-	if err := r.link(ctx, linkPath(r.path+"/_manifests/revisions/", d), d); err != nil {
+	revision := linkPath(r.path+"/_manifests/revisions/", d)
+	if err := r.link(ctx, revision, d); err != nil {
 		return err
 	}
 	for _, tag := range tags {
@@ -141,7 +144,9 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 			return err
 		}
 	}
-	return nil
+	// Should the manifest have been deleted in between: a deletion removes this
+	// link first and looks for tags after, so that one of the two puts it right.
+	return r.link(ctx, revision, d)
 }
 
 // LinkLayer makes the blob d, which must be stored, part of the repository. The
@@ -157,31 +162,26 @@ func (r Repository) LinkLayer(ctx context.Context, d digest.Digest) error {
 
 // DeleteTag removes a tag. The manifest stays. The error is fs.ErrNotExist when
 // there is no such tag.
-func (r Repository) DeleteTag(tag string) error {
+func (r Repository) DeleteTag(ctx context.Context, tag string) error {
 	if _, err := r.Tag(tag); err != nil {
 		return err
 	}
-	// The link goes first: a crash half way leaves no tag rather than a tag
-	// without a history.
-	if err := os.Remove(r.store.path(r.tagLink(tag))); err != nil {
-		return err
-	}
-	return os.RemoveAll(r.store.path(r.path + "/_manifests/tags/" + tag))
+	return r.delete(ctx, r.path+"/_manifests/tags/"+tag)
 }
 
 // DeleteManifest takes the manifest d, and every tag that names it, out of the
 // repository. Its bytes stay until garbage collection. The error is
 // fs.ErrNotExist when it is not part of the repository.
-func (r Repository) DeleteManifest(d digest.Digest) error {
+func (r Repository) DeleteManifest(ctx context.Context, d digest.Digest) error {
+	if err := r.unlink(ctx, r.path+"/_manifests/revisions/", d); err != nil {
+		return err
+	}
 	tags, err := r.tagsOf(d)
 	if err != nil {
 		return err
 	}
-	if err := r.unlink(r.path+"/_manifests/revisions/", d); err != nil {
-		return err
-	}
 	for _, tag := range tags {
-		if err := r.DeleteTag(tag); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := r.DeleteTag(ctx, tag); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -191,8 +191,8 @@ func (r Repository) DeleteManifest(d digest.Digest) error {
 // DeleteLayer takes the blob d out of the repository. Its bytes stay until
 // garbage collection. The error is fs.ErrNotExist when it is not part of the
 // repository.
-func (r Repository) DeleteLayer(d digest.Digest) error {
-	return r.unlink(r.path+"/_layers/", d)
+func (r Repository) DeleteLayer(ctx context.Context, d digest.Digest) error {
+	return r.unlink(ctx, r.path+"/_layers/", d)
 }
 
 // DeleteUpload throws away what an unfinished upload has stored. id must not
@@ -232,17 +232,26 @@ func (r Repository) link(ctx context.Context, path string, target digest.Digest)
 	return r.store.driver.PutContent(ctx, path, []byte(target))
 }
 
-func (r Repository) unlink(links string, d digest.Digest) error {
+func (r Repository) unlink(ctx context.Context, links string, d digest.Digest) error {
 	if err := d.Validate(); err != nil {
 		return fmt.Errorf("digest %q: %w", d, err)
 	}
-	link := r.store.path(linkPath(links, d))
-	if err := os.Remove(link); err != nil {
+	link := linkPath(links, d)
+	if _, err := r.store.readLink(link); err != nil {
 		return err
 	}
-	// The directory goes too, unless something has been put there again.
-	os.Remove(filepath.Dir(link))
-	return nil
+	return r.delete(ctx, path.Dir(link))
+}
+
+// delete is the driver's, with an error that is fs.ErrNotExist for what is not
+// there.
+func (r Repository) delete(ctx context.Context, driverPath string) error {
+	err := r.store.driver.Delete(ctx, driverPath)
+	var absent storagedriver.PathNotFoundError
+	if errors.As(err, &absent) {
+		return &fs.PathError{Op: "delete", Path: driverPath, Err: fs.ErrNotExist}
+	}
+	return err
 }
 
 // linkPath is the driver path of the link to d in a directory of links.
@@ -254,8 +263,8 @@ func linkPath(links string, d digest.Digest) string {
 // after a power failure on a file system that does not order writes, is as good
 // as absent.
 func (s *Store) readLink(driverPath string) (digest.Digest, error) {
-	path := s.path(driverPath)
-	f, err := os.Open(path)
+	file := s.path(driverPath)
+	f, err := os.Open(file)
 	if err != nil {
 		return "", err
 	}
@@ -264,7 +273,7 @@ func (s *Store) readLink(driverPath string) (digest.Digest, error) {
 	n, err := f.Read(buf[:])
 	d := digest.Digest(buf[:n])
 	if n == 0 || d.Validate() != nil {
-		return "", &fs.PathError{Op: "readlink", Path: path, Err: fs.ErrNotExist}
+		return "", &fs.PathError{Op: "readlink", Path: file, Err: fs.ErrNotExist}
 	}
 	return d, nil
 }

@@ -97,7 +97,7 @@ func TestLinkLayer(t *testing.T) {
 	if err := to.LinkLayer(t.Context(), digest.FromString("absent")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("absent: %v", err)
 	}
-	if err := to.DeleteLayer(d); err != nil {
+	if err := to.DeleteLayer(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {

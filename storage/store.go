@@ -29,12 +29,17 @@ const DriverName = "connectedregistry"
 // digest, the latest, so that it cannot grow past what is stored.
 const quarantineDir = "quarantine"
 
+// trashDir takes what is deleted, so that it vanishes from the tree in one step
+// and is taken apart afterwards.
+const trashDir = "trash"
+
 // layoutDirs must exist for an empty registry to answer with empty lists
 // rather than with "not found".
 var layoutDirs = []string{
 	"docker/registry/v2/blobs",
 	"docker/registry/v2/repositories",
 	quarantineDir,
+	trashDir,
 }
 
 // Config says where a Store lives.
@@ -110,11 +115,25 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	// No descriptor cache: it would go stale when another replica deletes.
 	// No validation that an index is complete: sparse ones are legal, and a
 	// synchronised subset of the platforms is the normal case.
+	s.emptyTrash()
 	s.namespace, err = dstorage.NewRegistry(ctx, s.driver, dstorage.EnableDelete)
 	if err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", root, err)
 	}
 	return s, nil
+}
+
+// emptyTrash finishes deletions that a crash interrupted. Those that another
+// process has under way end no differently.
+func (s *Store) emptyTrash() {
+	trash := filepath.Join(s.root, trashDir)
+	entries, err := os.ReadDir(trash)
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
+	}
+	if err != nil {
+		s.log.Warn("deleted content still takes space", "directory", trash, "error", err)
+	}
 }
 
 // muteLogrus silences the logger that distribution cannot be given a substitute
