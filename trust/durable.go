@@ -238,7 +238,8 @@ func (d *disk) readLimited(name string, limit int64) ([]byte, error) {
 	return data, nil
 }
 
-// sweep removes what a killed process left half-made in dir.
+// sweep removes what a killed process left half-made in dir. What is locked
+// belongs to one that is alive.
 func (d *disk) sweep(dir string) error {
 	names, err := d.list(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -251,12 +252,30 @@ func (d *disk) sweep(dir string) error {
 		if !strings.HasPrefix(name, tempPrefix) {
 			continue
 		}
-		d.step("sweep %s", name)
-		if err := d.root.RemoveAll(path.Join(dir, name)); err != nil {
+		if err := d.sweepOne(path.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
+}
+
+func (d *disk) sweepOne(name string) error {
+	info, err := d.root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		unlock, err := d.tryLock(name)
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	d.step("sweep %s", name)
+	return d.root.RemoveAll(name)
 }
 
 // list returns the names in dir, sorted.
@@ -279,41 +298,58 @@ func tempName() string { return tempPrefix + rand.Text() }
 // ctx ends. Locking the directory itself leaves no lock file behind; a killed
 // process gives the lock back.
 func (d *disk) lock(ctx context.Context, dir string) (unlock func(), err error) {
-	f, err := d.root.Open(dir)
-	if err != nil {
-		return nil, err
-	}
 	for {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		if err == nil {
-			return d.locked(f, dir)
-		}
-		if !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
-			_ = f.Close()
-			return nil, fmt.Errorf("locking %s: %w", dir, err)
+		unlock, err := d.tryLock(dir)
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return unlock, err
 		}
 		select {
 		case <-ctx.Done():
-			_ = f.Close()
 			return nil, fmt.Errorf("locking %s, which another process holds: %w", dir, context.Cause(ctx))
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
-// locked makes sure that the directory was not removed or replaced while its
-// lock was waited for.
-func (d *disk) locked(f *os.File, dir string) (unlock func(), err error) {
-	have, err := f.Stat()
-	if err == nil {
-		var now fs.FileInfo
-		if now, err = d.root.Stat(dir); err == nil && !os.SameFile(have, now) {
-			err = &fs.PathError{Op: "lock", Path: dir, Err: fs.ErrNotExist}
-		}
-	}
+// tryLock does the same without waiting: EWOULDBLOCK says that it is taken.
+func (d *disk) tryLock(dir string) (unlock func(), err error) {
+	f, err := d.root.Open(dir)
 	if err != nil {
+		return nil, err
+	}
+	if err := flock(f); err != nil {
+		_ = f.Close()
+		return nil, &fs.PathError{Op: "lock", Path: dir, Err: err}
+	}
+	if err := d.isStill(f, dir); err != nil {
 		_ = f.Close()
 		return nil, err
 	}
 	return func() { _ = f.Close() }, nil
+}
+
+func flock(f *os.File) error {
+	for {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EINTR) {
+			return err
+		}
+	}
+}
+
+// isStill makes sure that a directory was not removed or replaced before its
+// lock was taken.
+func (d *disk) isStill(f *os.File, dir string) error {
+	have, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	now, err := d.root.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(have, now) {
+		return &fs.PathError{Op: "lock", Path: dir, Err: fs.ErrNotExist}
+	}
+	return nil
 }

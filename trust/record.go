@@ -159,7 +159,7 @@ func loadRecord(d *disk, name string) (*record, error) {
 func (r *record) directories() []string {
 	set := map[string]bool{".": true}
 	add := func(dir string) {
-		for ; dir != "."; dir = path.Dir(dir) {
+		for ; dir != "." && dir != ""; dir = path.Dir(dir) {
 			set[dir] = true
 		}
 	}

@@ -287,7 +287,7 @@ func (s *session) locate(certsDir string) (err error) {
 // open takes the lock. Another process may remove the directory between two
 // steps, at the end of its cleanup: then all begins anew.
 func (s *session) open(ctx context.Context, create bool) (unlock func(), err error) {
-	for range 5 {
+	for range 20 {
 		name, err := s.resolve(path.Dir(RecordPath))
 		if err != nil {
 			return nil, err
@@ -319,8 +319,9 @@ func (s *session) createRecord(dir string) error {
 		return err
 	}
 	err = s.publish(chain, []plannedFile{{path: s.recordName, data: data, mode: 0o600}})
-	if left, e := s.missing(dir); err != nil && e == nil && len(left) == 0 {
-		// Somebody else was faster.
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EWOULDBLOCK) {
+		// Another process was faster, or swept ours away at its start. Taking
+		// the lock will tell.
 		return nil
 	}
 	return err
@@ -340,17 +341,15 @@ func (s *session) prepare(store *Store, create bool) (err error) {
 }
 
 // sweepAll removes what killed processes left half-made, wherever they work.
+// Without a record, and so without the lock, that can only be a directory on
+// its way to hold the record, or on its way out.
 func (s *session) sweepAll() error {
-	rec := &record{Directories: []string{path.Dir(s.recordName), strings.TrimPrefix(DefaultCertsDir, "/")}}
-	if s.certs != "" {
-		rec.Directories = append(rec.Directories, s.certs)
-	}
-	dirs := rec.directories()
+	all := &record{Directories: []string{path.Dir(path.Dir(s.recordName))}}
 	if s.record != nil {
-		dirs = append(dirs, s.record.directories()...)
+		all.Files = s.record.Files
+		all.Directories = slices.Concat(s.record.Directories, []string{path.Dir(s.recordName), s.certs})
 	}
-	slices.Sort(dirs)
-	for _, dir := range slices.Compact(dirs) {
+	for _, dir := range all.directories() {
 		info, err := s.root.Lstat(dir)
 		if err != nil || !info.IsDir() {
 			continue
@@ -467,13 +466,17 @@ func (d *disk) publish(chain []string, files []plannedFile) error {
 func (d *disk) publishBy(temp string, chain []string, files []plannedFile) error {
 	top := chain[0]
 	inside := func(name string) string { return path.Join(temp, strings.TrimPrefix(name, top)) }
-	for _, dir := range chain {
-		d.step("create the directory %s under a temporary name", dir)
-		if err := d.root.Mkdir(inside(dir), 0o755); err != nil {
-			return err
-		}
-		// The umask may have taken bits away.
-		if err := d.root.Chmod(inside(dir), 0o755); err != nil {
+	if err := d.mkdir(temp); err != nil {
+		return err
+	}
+	// So that no other process sweeps it away.
+	unlock, err := d.tryLock(temp)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	for _, dir := range chain[1:] {
+		if err := d.mkdir(inside(dir)); err != nil {
 			return err
 		}
 	}
@@ -493,6 +496,15 @@ func (d *disk) publishBy(temp string, chain []string, files []plannedFile) error
 	}
 	d.step("sync the directory of %s", top)
 	return d.syncDir(path.Dir(top))
+}
+
+// mkdir creates a directory whatever the umask.
+func (d *disk) mkdir(name string) error {
+	d.step("create the directory %s", name)
+	if err := d.root.Mkdir(name, 0o755); err != nil {
+		return err
+	}
+	return d.root.Chmod(name, 0o755)
 }
 
 // explain adds the remedy that fits an error of the file system.
