@@ -110,11 +110,14 @@ func (r *run) find(ctx context.Context) []*repository {
 func (r *run) sync(ctx context.Context, resume bool) {
 	var found []*repository
 	for _, repo := range r.find(ctx) {
-		if repo.err == nil && resume {
-			repo.err = r.store.findPartial(ctx, repo.name)
+		err := repo.problem()
+		if err == nil && resume {
+			if err = r.store.findPartial(ctx, repo.name); err != nil {
+				repo.fail(err)
+			}
 		}
-		if repo.err != nil {
-			r.event(Event{Kind: EventFailed, Repository: repo.name, Err: repo.err})
+		if err != nil {
+			r.event(Event{Kind: EventFailed, Repository: repo.name, Err: err})
 			continue
 		}
 		found = append(found, repo)
@@ -379,8 +382,10 @@ func (r *repository) syncGroup(ctx context.Context, g *group) {
 	err := r.bringGroup(ctx, g)
 	for _, t := range g.tags {
 		tagErr := err
-		if tagErr == nil && t.Action != ActionKeep {
-			tagErr = r.writeTag(ctx, t.Name, g.digest)
+		if isNotFound(err) {
+			tagErr = r.follow(ctx, t, err)
+		} else if err == nil && t.Action != ActionKeep {
+			tagErr = r.writeTag(ctx, t.Name, t.Digest)
 		}
 		if tagErr != nil {
 			r.failTag(t.Name, fmt.Errorf("%s:%s: %w", r.name, t.Name, tagErr))
@@ -392,6 +397,21 @@ func (r *repository) syncGroup(ctx context.Context, g *group) {
 	}
 }
 
+// follow brings what a tag stands for by now, if that is something else than
+// when it was asked for: registries that delete what has no tag may have deleted
+// what it stood for in the meantime, which was the error err.
+func (r *repository) follow(ctx context.Context, t TagPlan, err error) error {
+	d, resolveErr := r.run.parent.resolve(ctx, r.name, t.Name)
+	if resolveErr != nil || d == t.Digest {
+		return err
+	}
+	t.Digest, t.Action = d, ActionCopy
+	if err := r.bringGroup(ctx, &group{digest: d, platforms: t.platforms, tags: []TagPlan{t}}); err != nil {
+		return err
+	}
+	return r.writeTag(ctx, t.Name, d)
+}
+
 func (r *repository) writeTag(ctx context.Context, tag string, d digest.Digest) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -399,7 +419,7 @@ func (r *repository) writeTag(ctx context.Context, tag string, d digest.Digest) 
 	if err := r.run.store.setTag(ctx, r.name, tag, d); err != nil {
 		return err
 	}
-	r.run.log.Info("tag brought up to date", "repository", r.name, "tag", tag, "digest", d)
+	r.run.log.Debug("tag brought up to date", "repository", r.name, "tag", tag, "digest", d)
 	r.run.event(Event{Kind: EventTagged, Repository: r.name, Tag: tag, Digest: d.String()})
 	return nil
 }

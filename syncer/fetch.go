@@ -173,15 +173,15 @@ func (f *fetcher) complete(ctx context.Context, u *upload, repository string, de
 			return err
 		}
 		// The storage cannot take it; on a full disk the space is better used.
-		err = fmt.Errorf("storing %s@%s: %w", repository, desc.Digest, err)
-		return errors.Join(err, u.discard(cleanup))
+		_ = u.discard(cleanup) // what is in its way is in err
+		return storing(repository, desc.Digest, err)
 	}
 	err := u.commit(cleanup, desc)
 	if _, wrong := errors.AsType[distribution.ErrBlobInvalidDigest](err); wrong {
 		return errors.Join(errWrongBytes, u.discard(cleanup))
 	}
 	if err != nil {
-		return fmt.Errorf("storing %s@%s: %w", repository, desc.Digest, err)
+		return storing(repository, desc.Digest, err)
 	}
 	return nil
 }

@@ -9,8 +9,11 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxNesting bounds how deep indexes may list indexes.
-const maxNesting = 4
+// Bounds of what a single image may make us hold in memory.
+const (
+	maxNesting       = 4        // how deep indexes list indexes
+	maxManifestBytes = 32 << 20 // of all its manifests
+)
 
 // image is everything that a manifest needs.
 type image struct {
@@ -43,6 +46,7 @@ type walker struct {
 	get       source
 	image     image
 	manifests map[digest.Digest]bool
+	bytes     int                     // of the manifests
 	blobs     map[digest.Digest]int64 // sizes
 }
 
@@ -58,6 +62,9 @@ func (w *walker) visit(ctx context.Context, desc v1.Descriptor, depth int) error
 	m, stored, err := w.get(ctx, desc.Digest)
 	if err != nil {
 		return err
+	}
+	if w.bytes += len(m.body); w.bytes > maxManifestBytes {
+		return errContent{fmt.Sprintf("it has more than %d bytes of manifests", maxManifestBytes)}
 	}
 	if size := int64(len(m.body)); desc.Size >= 0 && desc.Size != size {
 		return errSize{desc.Digest, desc.Size, size}

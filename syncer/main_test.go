@@ -8,14 +8,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if run, ok := children[os.Getenv(childVariable)]; ok {
-		os.Exit(run())
+	if os.Getenv(childVariable) != "" {
+		os.Exit(syncChild())
 	}
 	goleak.VerifyTestMain(m)
 }
 
-// childVariable makes this test binary run as something else: a process of its
-// own, to be killed or starved.
+// childVariable makes this test binary a process that synchronises once: one
+// that can be killed, or starved.
 const childVariable = "SYNCER_TEST_CHILD"
-
-var children = map[string]func() int{}

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -352,16 +351,32 @@ func (f *fixture) tagDigest(t testing.TB, repository, tag string) digest.Digest 
 }
 
 // read reads a blob of a repository and checks its digest.
-func (f *fixture) read(ctx context.Context, repository string, d digest.Digest) ([]byte, error) {
+func (f *fixture) read(ctx context.Context, repository string, d digest.Digest) error {
 	repo, err := f.Syncer.store.repository(ctx, repository)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	b, err := repo.Blobs(ctx).Get(ctx, d)
-	if err == nil && digest.FromBytes(b) != d {
-		err = fmt.Errorf("%s has other bytes", d)
+	r, err := repo.Blobs(ctx).Open(ctx, d)
+	if err != nil {
+		return err
 	}
-	return b, err
+	defer r.Close()
+	if actual, err := digest.FromReader(r); err != nil || actual != d {
+		return fmt.Errorf("%s has the bytes of %s: %w", d, actual, err)
+	}
+	return nil
+}
+
+// fetched is how many bytes of blobs have been told of.
+func (f *fixture) fetched() (total int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.events {
+		if e.Kind == EventFetched {
+			total += e.Bytes
+		}
+	}
+	return total
 }
 
 // verifyHere reads everything that a manifest needs and checks every digest.
@@ -378,7 +393,7 @@ func (f *fixture) verifyHere(t testing.TB, repository string, d digest.Digest, w
 		}
 	}
 	for _, blob := range img.blobs {
-		if _, err := f.read(t.Context(), repository, blob.Digest); err != nil {
+		if err := f.read(t.Context(), repository, blob.Digest); err != nil {
 			t.Errorf("%s@%s: %v", repository, blob.Digest, err)
 		}
 	}
@@ -409,5 +424,3 @@ func descriptors(children []v1.Descriptor) (digests []digest.Digest) {
 	slices.Sort(digests)
 	return digests
 }
-
-var _ = url.Parse

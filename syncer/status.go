@@ -50,6 +50,16 @@ func (r RepositoryResult) status() v1alpha1.RepositoryStatus {
 	return status
 }
 
+// withCounts takes over how complete a repository was known to be, where the
+// parent did not say what there is now.
+func withCounts(status v1alpha1.RepositoryStatus, before []v1alpha1.RepositoryStatus) v1alpha1.RepositoryStatus {
+	i := slices.IndexFunc(before, func(b v1alpha1.RepositoryStatus) bool { return b.Name == status.Name })
+	if i >= 0 && status.LastError != "" && status.TagsWanted == 0 {
+		status.TagsWanted, status.TagsPresent, status.BytesLeft = before[i].TagsWanted, before[i].TagsPresent, before[i].BytesLeft
+	}
+	return status
+}
+
 // begin makes r the synchronisation under way. It reports whether unfinished
 // uploads of an earlier process are still to be looked for.
 func (s *Syncer) begin(r *run, trigger v1alpha1.SyncTrigger, start time.Time) (resume bool) {
@@ -86,9 +96,10 @@ func (s *Syncer) end(result Result, err error) {
 	} else {
 		sync.Error = oneLine(err.Error())
 	}
+	before := s.last.Repositories
 	s.last.Repositories = nil
 	for _, repo := range result.Repositories {
-		s.last.Repositories = append(s.last.Repositories, repo.status())
+		s.last.Repositories = append(s.last.Repositories, withCounts(repo.status(), before))
 	}
 }
 

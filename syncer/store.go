@@ -8,6 +8,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/distribution/distribution/v3"
@@ -51,6 +52,15 @@ type errSize struct {
 
 func (e errSize) Error() string {
 	return fmt.Sprintf("a manifest says that %s has %d bytes, and it has %d", e.digest, e.says, e.actually)
+}
+
+// storing says that something could not be stored, and what to do about it.
+func storing(repository string, d digest.Digest, err error) error {
+	remedy := ""
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		remedy = ": free space on the volume of the data directory"
+	}
+	return fmt.Errorf("storing %s@%s: %w%s", repository, d, err, remedy)
 }
 
 // hasBlob reports whether a repository has a blob, whole.
@@ -161,7 +171,7 @@ func (s *store) putManifest(ctx context.Context, repository string, m manifest) 
 	d := digest.FromBytes(m.body)
 	parsed, _, err := distribution.UnmarshalManifest(m.mediaType, m.body)
 	if err != nil {
-		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+		return storing(repository, d, err)
 	}
 	repo, err := s.repository(ctx, repository)
 	if err != nil {
@@ -169,14 +179,14 @@ func (s *store) putManifest(ctx context.Context, repository string, m manifest) 
 	}
 	manifests, err := repo.Manifests(ctx, dstorage.SkipLayerVerification())
 	if err != nil {
-		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+		return storing(repository, d, err)
 	}
 	stored, err := manifests.Put(ctx, parsed)
 	if err == nil && stored != d {
 		err = fmt.Errorf("it was stored as %s", stored)
 	}
 	if err != nil {
-		return fmt.Errorf("storing %s@%s: %w", repository, d, err)
+		return storing(repository, d, err)
 	}
 	return nil
 }
@@ -274,7 +284,7 @@ func (s *store) openUpload(ctx context.Context, repository string, d digest.Dige
 	s.mu.Unlock()
 	u := &upload{store: s, repository: repository, id: id}
 	if err := u.open(ctx, time.Now()); err != nil {
-		return nil, fmt.Errorf("storing %s@%s: %w", repository, d, err)
+		return nil, storing(repository, d, err)
 	}
 	return u, nil
 }
@@ -298,7 +308,9 @@ func (u *upload) open(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	u.BlobWriter, err = repo.Blobs(ctx).Resume(ctx, u.id)
+	// The writer keeps the context. What was fetched must reach the file also
+	// when the synchronisation is being stopped.
+	u.BlobWriter, err = repo.Blobs(context.WithoutCancel(ctx)).Resume(ctx, u.id)
 	return err
 }
 

@@ -103,10 +103,10 @@ type Result struct {
 	State   v1alpha1.SyncState
 	Start   time.Time
 	End     time.Time
-	// BytesFetched is what came over the network as blobs and manifests.
+	// BytesFetched is what the parent sent as blobs, manifests and lists.
 	BytesFetched int64
-	// BlobsFetched and BlobsLinked count blobs that were fetched, and those
-	// that another repository had already.
+	// BlobsFetched counts the blobs that were fetched, BlobsLinked the links
+	// that were written to those which another repository had already.
 	BlobsFetched int
 	BlobsLinked  int
 	// TagsUpdated is how many tags were written.
@@ -344,8 +344,8 @@ func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 	g.SetLimit(parallelRepositories)
 	plans := make([]RepositoryPlan, len(repositories))
 	for i, repo := range repositories {
-		plans[i] = RepositoryPlan{Name: repo.name, Err: repo.err}
-		if repo.err == nil {
+		plans[i] = RepositoryPlan{Name: repo.name, Err: repo.problem()}
+		if plans[i].Err == nil {
 			g.Go(func() error {
 				plans[i].Tags, plans[i].Err = repo.plan(ctx)
 				return nil

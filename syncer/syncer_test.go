@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -297,4 +298,48 @@ func tree(t *testing.T, root string) (files []string) {
 		t.Fatal(err)
 	}
 	return files
+}
+
+// What a tag stood for is deleted between being asked for and being fetched, as
+// registries do with what has no tag any more.
+func TestSyncFollowsMovedTag(t *testing.T) {
+	p := newTestParent(t)
+	first := p.pushImage(t, "app:1", testImage(t, "first", testLayer(1, 1000)))
+	second := testImage(t, "second", testLayer(2, 1000))
+	var once sync.Once
+	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, first.String()) {
+			once.Do(func() {
+				p.pushImage(t, "app:1", second)
+				p.delete(t, "app/manifests/"+first.String())
+			})
+		}
+		return false
+	})
+	f := newFixture(t, p, exactly("app")...)
+	f.mustSync(t)
+	if got := f.tagDigest(t, "app", "1"); got != digestOf(t, second) {
+		t.Errorf("the tag stands for %s", got)
+	}
+}
+
+// While the parent is away, the status says how complete things were.
+func TestStatusWhileParentIsAway(t *testing.T) {
+	p := newTestParent(t)
+	p.pushImage(t, "app:1", testImage(t, "x", testLayer(1, 1000)))
+	f := newFixture(t, p, exactly("app")...)
+	f.limits.attempts = 1
+	f.mustSync(t)
+	p.setFault(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
+	if _, err := f.Sync(t.Context(), v1alpha1.SyncTriggerSchedule); err == nil {
+		t.Fatal("no error")
+	}
+	status := f.Status()
+	if status.ConnectionState != v1alpha1.ConnectionStateOffline || status.LastSyncTime == nil || status.RegistrySyncResult.LastSuccessfulSyncEndTime == nil {
+		t.Errorf("%+v", status)
+	}
+	got := status.Repositories
+	if len(got) != 1 || got[0].TagsWanted != 1 || got[0].TagsPresent != 1 || got[0].LastError == "" {
+		t.Errorf("%+v", got)
+	}
 }
