@@ -235,6 +235,9 @@ func ParseHost(s string) (host, port string, err error) {
 	bad := func(why string) (string, string, error) {
 		return "", "", fmt.Errorf("registry host %.100q: %s", s, why)
 	}
+	if strings.ContainsAny(s, `/\`) {
+		return bad("give host[:port], without scheme and path")
+	}
 	host = s
 	bracketed := strings.HasPrefix(s, "[")
 	if i := strings.LastIndexByte(s, ':'); i >= 0 && !(bracketed && strings.HasSuffix(s, "]")) {
@@ -259,7 +262,7 @@ func ParseHost(s string) (host, port string, err error) {
 	case strings.Contains(host, ":"):
 		return bad("an IPv6 address needs brackets: [address]:port")
 	case len(host) > 253 || !dnsLabels.MatchString(host) || slices.ContainsFunc(strings.Split(host, "."), func(l string) bool { return len(l) > 63 }):
-		return bad("give a DNS name or an IP address, without scheme and path")
+		return bad("give a DNS name or an IP address")
 	}
 	return host, port, nil
 }

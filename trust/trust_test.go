@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/log"
 	"go.uber.org/goleak"
 )
 
@@ -23,6 +24,10 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(crashEnv); dir != "" {
 		crashHere(dir)
 		return
+	}
+	// containerd's parser says a lot about files that are broken on purpose.
+	if err := log.SetLevel("fatal"); err != nil {
+		panic(err)
 	}
 	goleak.VerifyTestMain(m)
 }
