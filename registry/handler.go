@@ -93,8 +93,8 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, rt route, repo
 		return s.cancelUpload(w, r, repo, rt.ref)
 	case rt.end == endTags && read:
 		return s.listTags(w, r, repo)
-	case rt.end == endReferrers:
-		return errNotFound
+	case rt.end == endReferrers && read:
+		return s.listReferrers(w, r, repo, rt.ref)
 	}
 	return s.notAllowed(w, rt)
 }

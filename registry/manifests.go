@@ -24,6 +24,7 @@ type manifest struct {
 	Config        *descriptor  `json:"config"`
 	Layers        []descriptor `json:"layers"`
 	Manifests     []descriptor `json:"manifests"`
+	Subject       *descriptor  `json:"subject"`
 }
 
 type descriptor struct {
@@ -56,6 +57,10 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 	h := w.Header()
 	h.Set("Location", "/v2/"+repo.Name()+"/manifests/"+d.String())
 	h.Set("Docker-Content-Digest", d.String())
+	if m.Subject != nil {
+		// Tells the client that it need not keep a list of referrers itself.
+		h.Set("Oci-Subject", m.Subject.Digest.String())
+	}
 	h.Set("Content-Length", "0")
 	w.WriteHeader(http.StatusCreated)
 	return nil
@@ -182,8 +187,10 @@ func (m *manifest) validate() error {
 
 // references yields every descriptor in the manifest.
 func (m *manifest) references(yield func(descriptor) bool) {
-	if m.Config != nil && !yield(*m.Config) {
-		return
+	for _, d := range []*descriptor{m.Config, m.Subject} {
+		if d != nil && !yield(*d) {
+			return
+		}
 	}
 	for _, list := range [][]descriptor{m.Layers, m.Manifests} {
 		for _, d := range list {

@@ -76,20 +76,39 @@ func (d *driver) Reader(ctx context.Context, path string, offset int64) (io.Read
 }
 
 // PutContent stores a small file atomically and durably. A blob must be what
-// its path says, which costs next to nothing to check while it is at hand.
+// its path says, which costs next to nothing to check while it is at hand. A
+// link that makes a manifest part of a repository makes it a referrer, too, if
+// it has a subject.
 func (d *driver) PutContent(ctx context.Context, path string, content []byte) error {
-	dgst, isBlob := parseBlobPath(path)
-	if isBlob && dgst.Algorithm().FromBytes(content) != dgst {
+	if dgst, ok := parseBlobPath(path); ok {
+		return d.putBlob(ctx, path, dgst, content)
+	}
+	if r, dgst, ok := d.store.parseRevisionPath(path); ok {
+		manifest, err := d.store.readManifest(ctx, dgst)
+		if err == nil {
+			err = r.indexReferrer(ctx, dgst, manifest)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return d.putFile(ctx, path, content)
+}
+
+func (d *driver) putBlob(ctx context.Context, path string, dgst digest.Digest, content []byte) error {
+	if dgst.Algorithm().FromBytes(content) != dgst {
 		return fmt.Errorf("storing blob: %w: expected %s", ErrCorrupt, dgst)
 	}
-	err := d.untilPlaced(path, func() error { return d.StorageDriver.PutContent(ctx, path, content) })
-	if err != nil {
+	if err := d.putFile(ctx, path, content); err != nil {
 		return err
 	}
-	if isBlob {
-		d.seal(path, dgst)
-	}
+	d.seal(path, dgst)
 	return nil
+}
+
+// putFile stores a file whatever it is.
+func (d *driver) putFile(ctx context.Context, path string, content []byte) error {
+	return d.untilPlaced(path, func() error { return d.StorageDriver.PutContent(ctx, path, content) })
 }
 
 // Move renames a file into place and makes the rename durable, which the driver
@@ -114,7 +133,7 @@ func (d *driver) Move(ctx context.Context, source, dest string) error {
 
 // Delete removes a file or a tree: for whoever looks, in one step, so that a
 // push to the same place meets all of it or none. It is durable, too.
-func (d *driver) Delete(_ context.Context, path string) error {
+func (d *driver) Delete(ctx context.Context, path string) error {
 	if !storagedriver.PathRegexp.MatchString(path) {
 		return storagedriver.InvalidPathError{Path: path, DriverName: d.Name()}
 	}
@@ -126,6 +145,11 @@ func (d *driver) Delete(_ context.Context, path string) error {
 	defer os.RemoveAll(trash)
 	if err := os.Rename(target, filepath.Join(trash, "deleted")); err != nil {
 		return d.error(path, err)
+	}
+	if r, dgst, ok := d.store.parseRevisionPath(path); ok {
+		if manifest, err := d.store.readManifest(ctx, dgst); err == nil {
+			r.forgetReferrer(dgst, manifest)
+		}
 	}
 	return syncDir(filepath.Dir(target))
 }

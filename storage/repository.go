@@ -110,8 +110,8 @@ func (r Repository) open(ctx context.Context, links string, d digest.Digest) (*o
 }
 
 // PutManifest stores a manifest under d, which must be the digest of content in
-// any algorithm, makes it part of the repository, and then points the tags at
-// it. It is durable when PutManifest returns. What the manifest refers to is
+// any algorithm, makes it part of the repository and a referrer of its subject,
+// if it has one, and then points the tags at it. It is durable when PutManifest returns. What the manifest refers to is
 // the caller's concern. The error wraps ErrCorrupt when content is not that of
 // d, ErrName for an impossible tag; nothing has been stored then.
 func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []byte, tags ...string) error {
@@ -130,6 +130,11 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 		}
 	} else if d.Algorithm().FromBytes(content) != d {
 		return fmt.Errorf("storing manifest: %w: expected %s", ErrCorrupt, d)
+	}
+	// Even if it is linked already: content from before referrers were indexed
+	// becomes one by being pushed again.
+	if err := r.indexReferrer(ctx, d, content); err != nil {
+		return err
 	}
 	revision := linkPath(r.path+"/_manifests/revisions/", d)
 	if err := r.link(ctx, revision, d); err != nil {

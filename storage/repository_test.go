@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/distribution/distribution/v3"
 	"github.com/distribution/reference"
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
@@ -277,5 +278,121 @@ func TestDistributionReadsWhatIsPut(t *testing.T) {
 	}
 	if _, _, err := r.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after they deleted it: %v", err)
+	}
+}
+
+func TestReferrers(t *testing.T) {
+	s := open(t, t.TempDir())
+	r := repository(t, s, "a/b")
+	subject := digest.FromString("subject") // need not be there
+	list := func(r Repository, last digest.Digest) []string {
+		t.Helper()
+		got := []string{}
+		for desc, err := range r.Referrers(subject, last) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, fmt.Sprintf("%s %s %s %v", desc.Digest, desc.MediaType, desc.ArtifactType, desc.Annotations))
+		}
+		return got
+	}
+	if diff := cmp.Diff([]string{}, list(r, "")); diff != "" {
+		t.Errorf("none yet (-want +got):\n%s", diff)
+	}
+	var want []string
+	var digests []digest.Digest
+	for _, m := range []struct{ fields, mediaType, artifactType, annotations string }{
+		{`"mediaType":"application/vnd.oci.image.manifest.v1+json","artifactType":"a/1","config":{"mediaType":"c/1"},"annotations":{"k":"v"}`, "application/vnd.oci.image.manifest.v1+json", "a/1", "map[k:v]"},
+		{`"config":{"mediaType":"c/2"}`, "application/vnd.oci.image.manifest.v1+json", "c/2", "map[]"},
+		{`"mediaType":"application/vnd.oci.image.index.v1+json","artifactType":"a/3","manifests":[]`, "application/vnd.oci.image.index.v1+json", "a/3", "map[]"},
+		{`"manifests":[]`, "application/vnd.oci.image.index.v1+json", "", "map[]"},
+	} {
+		content := fmt.Appendf(nil, `{"schemaVersion":2,%s,"subject":{"digest":%q}}`, m.fields, subject)
+		d := digest.FromBytes(content)
+		if err := r.PutManifest(t.Context(), d, content); err != nil {
+			t.Fatal(err)
+		}
+		digests = append(digests, d)
+		want = append(want, fmt.Sprintf("%s %s %s %s", d, m.mediaType, m.artifactType, m.annotations))
+	}
+	slices.Sort(want)
+	slices.Sort(digests)
+	if diff := cmp.Diff(want, list(r, "")); diff != "" {
+		t.Errorf("all (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(want[2:], list(r, digests[1])); diff != "" {
+		t.Errorf("after the second (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{}, list(repository(t, s, "other"), "")); diff != "" {
+		t.Errorf("in another repository (-want +got):\n%s", diff)
+	}
+	if err := r.DeleteManifest(t.Context(), digests[0]); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want[1:], list(r, "")); diff != "" {
+		t.Errorf("after deleting the first (-want +got):\n%s", diff)
+	}
+	dir := s.path(r.referrersDir(subject))
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 3 {
+		t.Errorf("entries %v, %v", entries, err)
+	}
+	for name, content := range map[string]string{entryName(digests[1]): "damaged", "nonsense": "", "sha256-" + strings.Repeat("0", 64): "{}"} {
+		if err := os.WriteFile(dir+"/"+name, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(want[2:], list(r, "")); diff != "" {
+		t.Errorf("with damage (-want +got):\n%s", diff)
+	}
+	// Pushed again, it is put right.
+	content, err := s.Driver().GetContent(t.Context(), blobPath(digests[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.PutManifest(t.Context(), digests[1], content); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want[1:], list(r, "")); diff != "" {
+		t.Errorf("pushed again (-want +got):\n%s", diff)
+	}
+}
+
+// Whoever stores manifests by way of distribution need not know of the list.
+func TestReferrersByWayOfDistribution(t *testing.T) {
+	s := open(t, t.TempDir())
+	theirs, err := s.Namespace().Repository(t.Context(), mustName("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifests, err := theirs.Manifests(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject := digest.FromString("subject")
+	content := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"artifactType":"a/b","subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":%q}}`, subject)
+	m, desc, err := distribution.UnmarshalManifest("application/vnd.oci.image.index.v1+json", content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := func() (n int) {
+		for got, err := range repository(t, s, "a").Referrers(subject, "") {
+			if err != nil || got.Digest != desc.Digest {
+				t.Errorf("%v, %v", got, err)
+			}
+			n++
+		}
+		return n
+	}
+	if _, err := manifests.Put(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	if got := count(); got != 1 {
+		t.Errorf("%d after putting, want 1", got)
+	}
+	if err := manifests.Delete(t.Context(), desc.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if got := count(); got != 0 {
+		t.Errorf("%d after deleting, want 0", got)
 	}
 }
