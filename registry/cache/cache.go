@@ -45,7 +45,7 @@ type Cache struct {
 // disk is what a running Cache keeps under Config.Dir.
 type disk struct {
 	lock   *os.File
-	key    nodeKey
+	key    *nodeKey
 	store  *store
 	ledger *ledger
 	notes  notes
@@ -125,7 +125,10 @@ func (c *Cache) Run(ctx context.Context) error {
 	defer c.disk.Store(nil)
 
 	g, running := errgroup.WithContext(ctx)
-	g.Go(func() error { return c.keepHouse(running, d) })
+	g.Go(func() error {
+		c.keepHouse(running, d)
+		return nil
+	})
 	if c.cfg.Listener != nil {
 		c.serveListener(g, running)
 	}
@@ -203,9 +206,9 @@ func (c *Cache) stop() {
 }
 
 // keepHouse builds the index and keeps the store within its bounds.
-func (c *Cache) keepHouse(ctx context.Context, d *disk) error {
+func (c *Cache) keepHouse(ctx context.Context, d *disk) {
 	if err := d.store.scan(ctx); err != nil && ctx.Err() == nil {
-		return err
+		c.log.Error("the store cannot be listed; what is in it is served but not counted", "error", err)
 	}
 	trim := time.NewTicker(trimEvery)
 	defer trim.Stop()
@@ -216,7 +219,7 @@ func (c *Cache) keepHouse(ctx context.Context, d *disk) error {
 		d.store.trim()
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-trim.C:
 		case <-prune.C:
 			d.notes.prune(c.cfg.Now().Add(-c.cfg.OfflineTTL))
@@ -248,7 +251,7 @@ func (c *Cache) openDiskIn(ctx context.Context, d *disk, dir string) error {
 	}
 	removeTemporary(dir)
 	var err error
-	if d.key, err = loadNodeKey(filepath.Join(dir, "key")); err != nil {
+	if d.key, err = loadNodeKey(filepath.Join(dir, "key"), c.log); err != nil {
 		return err
 	}
 	if d.ledger, err = openLedger(filepath.Join(dir, "permissions"), c.cfg.OfflineTTL, c.cfg.Now, c.log); err != nil {

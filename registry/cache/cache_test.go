@@ -22,6 +22,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(processDir) != "" {
+		if err := runProcess(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -210,7 +217,7 @@ func start(t testing.TB, cfg Config) *node {
 	ended := make(chan error, 1)
 	go func() { ended <- c.Run(ctx) }()
 	n := &node{Cache: c, t: t, cfg: cfg, url: "http://" + l.Addr().String()}
-	n.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 32, DisableCompression: true}}
+	n.client = newClient()
 	n.stop = sync.OnceFunc(func() {
 		n.client.CloseIdleConnections()
 		cancel()
@@ -221,6 +228,18 @@ func start(t testing.TB, cfg Config) *node {
 	t.Cleanup(n.stop)
 	n.await(func() bool { return c.disk.Load() != nil })
 	return n
+}
+
+func newClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 32, DisableCompression: true}}
+}
+
+func newGet(ctx context.Context, url string) *http.Request {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		panic(err)
+	}
+	return req
 }
 
 // restart stops the cache and runs another on the same directory.

@@ -114,3 +114,33 @@ func TestTinyDisk(t *testing.T) {
 		n.settled()
 	}
 }
+
+// TestStartsOnFullDisk starts where not one byte can be written.
+func TestStartsOnFullDisk(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Log("not root: nothing to mount")
+		return
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Logf("mounting is not permitted here: %v", err)
+		return
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	if err := os.WriteFile(filepath.Join(dir, "hog"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	o := newOrigin(t)
+	body := random(1000, 49)
+	d := o.blob("app", body)
+	n := start(t, Config{Dir: dir, Registries: upstreams(o.URL)})
+	defer n.stop()
+	r := n.get(blobURL("app", d))
+	if r.err != nil || !bytes.Equal(r.body, body) {
+		t.Errorf("%d %s, %v", r.status, r.cache(), r.err)
+	}
+	o.manifest("app", "v1", testManifest(d))
+	if r := n.get(manifestURL("app", "v1")); r.status != 200 {
+		t.Errorf("manifest: %d %s", r.status, r.body)
+	}
+}

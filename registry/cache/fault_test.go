@@ -2,12 +2,17 @@ package cache
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -21,6 +26,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // refusing returns the address of a port that nobody listens on.
@@ -461,5 +467,46 @@ func TestAuthorities(t *testing.T) {
 	pool := x509.NewCertPool()
 	if _, err := (&authorities{path: ca, log: quiet(), own: pool, all: pool}).pool(false); err != nil {
 		t.Errorf("the last good bundle: %v", err)
+	}
+}
+
+// TestExpiredCertificate has a right authority and a leaf whose time has passed.
+func TestExpiredCertificate(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	authority := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	leaf := &x509.Certificate{
+		SerialNumber: big.NewInt(2), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+	}
+	caDER, err := x509.CreateCertificate(rand.Reader, authority, authority, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, authority, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := filepath.Join(t.TempDir(), "ca.crt")
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(http.NotFoundHandler())
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{leafDER}, PrivateKey: key}}}
+	s.StartTLS()
+	defer s.Close()
+	reg := prometheus.NewRegistry()
+	n := start(t, Config{Metrics: reg, Registries: map[string]Registry{testHost: {
+		Upstreams: []Upstream{{URL: s.URL, CAFile: ca}},
+	}}})
+	n.wantRefused(n.get(blobURL("app", digest.FromString("x"))), 502, "fwd=miss; detail=unreachable")
+	if got := samples(t, reg)["fallthroughs_total[cause=tls]"]; got != 1 {
+		t.Errorf("not counted as a fault of TLS: %v", samples(t, reg))
 	}
 }

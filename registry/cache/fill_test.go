@@ -69,7 +69,7 @@ var patient = Timeouts{
 
 // TestOneFetchForAll has many readers at random ranges join one download.
 func TestOneFetchForAll(t *testing.T) {
-	body := random(24<<20, 20)
+	body := random(12<<20, 20)
 	o := newOrigin(t)
 	d := o.blob("app", body)
 	g := newGate(1 << 20)
@@ -82,7 +82,7 @@ func TestOneFetchForAll(t *testing.T) {
 	n.await(func() bool { return o.count("GET") == 1 })
 	var wg sync.WaitGroup
 	rng := rand.New(rand.NewPCG(1, 2))
-	for range 40 {
+	for range 24 {
 		from := rng.IntN(len(body))
 		to := from + rng.IntN(len(body)-from)
 		wg.Go(func() {

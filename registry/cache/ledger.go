@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io/fs"
 	"log/slog"
@@ -20,40 +21,52 @@ import (
 
 // nodeKey keys the hashes under which facts about registries, repositories and
 // credentials are stored. It is random and never leaves the node.
-type nodeKey [32]byte
+type nodeKey struct {
+	macs sync.Pool // of hash.Hash, HMAC-SHA256 under the key
+}
+
+const nodeKeySize = 32
+
+func newNodeKey(b []byte) *nodeKey {
+	k := new(nodeKey)
+	k.macs.New = func() any { return hmac.New(sha256.New, b) }
+	return k
+}
 
 // factKey stands for a fact, such as "this credential may read this
 // repository", without telling it.
 type factKey [16]byte
 
-func (k nodeKey) fact(parts ...string) factKey {
-	mac := hmac.New(sha256.New, k[:])
-	var n [8]byte
+func (k *nodeKey) fact(parts ...string) factKey {
+	mac := k.macs.Get().(hash.Hash)
+	defer k.macs.Put(mac)
+	mac.Reset()
+	buf := make([]byte, 0, 256)
 	for _, p := range parts {
-		binary.BigEndian.PutUint64(n[:], uint64(len(p)))
-		mac.Write(n[:])
-		mac.Write([]byte(p))
+		buf = binary.BigEndian.AppendUint64(buf, uint64(len(p)))
+		buf = append(buf, p...)
 	}
-	var sum [sha256.Size]byte
-	return factKey(mac.Sum(sum[:0])[:len(factKey{})])
+	mac.Write(buf)
+	return factKey(mac.Sum(buf[:0])[:len(factKey{})])
 }
 
 // loadNodeKey reads the key at path, and makes a new one if there is none or it
-// is damaged: what was remembered under the old one is then forgotten.
-func loadNodeKey(path string) (nodeKey, error) {
-	var key nodeKey
-	b, err := os.ReadFile(path)
-	if err == nil && len(b) == len(key) {
-		return nodeKey(b), nil
+// is damaged: what was remembered under the old one is then forgotten. A new
+// key that cannot be written serves until the cache stops.
+func loadNodeKey(path string, log *slog.Logger) (*nodeKey, error) {
+	key, err := os.ReadFile(path)
+	if err == nil && len(key) == nodeKeySize {
+		return newNodeKey(key), nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return key, fmt.Errorf("reading the node key: %w", err)
+		return nil, fmt.Errorf("reading the node key: %w", err)
 	}
-	rand.Read(key[:])
-	if err := replaceFile(path, key[:], true); err != nil {
-		return key, fmt.Errorf("writing the node key: %w", err)
+	key = make([]byte, nodeKeySize)
+	rand.Read(key)
+	if err := replaceFile(path, key, true); err != nil {
+		log.Warn("cannot write the node key; permissions are forgotten when the cache stops", "path", path, "error", err)
 	}
-	return key, nil
+	return newNodeKey(key), nil
 }
 
 // ledger remembers when each fact was last confirmed. It is an append-only
@@ -111,6 +124,8 @@ func replay(b []byte) map[factKey]int64 {
 	return seen
 }
 
+// openLedger reads the ledger at path. A disk that cannot be written to is no
+// error: a full one must not keep the cache from serving.
 func openLedger(path string, keep time.Duration, now func() time.Time, log *slog.Logger) (*ledger, error) {
 	b, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -120,7 +135,7 @@ func openLedger(path string, keep time.Duration, now func() time.Time, log *slog
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.rewrite(); err != nil {
-		return nil, fmt.Errorf("writing the permissions seen: %w", err)
+		l.fail(err)
 	}
 	return l, nil
 }
@@ -179,10 +194,13 @@ func (l *ledger) append(op byte, k factKey, at int64) {
 	if l.file == nil && l.now().Sub(l.failed).Abs() < rewriteRetry {
 		return
 	}
-	err := l.write(op, k, at)
-	if err == nil {
-		return
+	if err := l.write(op, k, at); err != nil {
+		l.fail(err)
 	}
+}
+
+// fail stops writing for a while. l.mu is held.
+func (l *ledger) fail(err error) {
 	l.log.Warn("cannot record permissions; they are remembered until the cache stops", "error", err)
 	l.failed = l.now()
 	if l.file != nil {

@@ -136,21 +136,21 @@ func FuzzLedger(f *testing.F) {
 
 func TestNodeKey(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
-	a, err := loadNodeKey(path)
+	a, err := loadNodeKey(path, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b, err := loadNodeKey(path); err != nil || a != b {
+	if b, err := loadNodeKey(path, quiet()); err != nil || a.fact("x") != b.fact("x") {
 		t.Errorf("another key the second time: %v", err)
 	}
 	if err := os.WriteFile(path, []byte("short"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b, err := loadNodeKey(path)
-	if err != nil || a == b {
+	b, err := loadNodeKey(path, quiet())
+	if err != nil || a.fact("x") == b.fact("x") {
 		t.Errorf("a damaged key was kept: %v", err)
 	}
-	if a.fact("x", "yz") == a.fact("xy", "z") || a.fact("x") == b.fact("x") {
+	if a.fact("x", "yz") == a.fact("xy", "z") {
 		t.Error("facts collide")
 	}
 }

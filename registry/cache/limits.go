@@ -52,6 +52,11 @@ const (
 	// touchEvery throttles the recording of uses on disk.
 	touchEvery = time.Hour
 
+	// doubtWindow is how soon a blob must be read again to be hashed first, and
+	// doubtEvery how often that can happen to it.
+	doubtWindow = 10 * time.Minute
+	doubtEvery  = time.Hour
+
 	// rewriteRetry spaces the attempts to write permissions to a failing disk.
 	rewriteRetry = time.Minute
 

@@ -102,9 +102,13 @@ func (s *store) enterPartial(d digest.Digest, size, used int64) {
 // create opens the file of d for writing size bytes in all, of which the first
 // `from` should be there already: they are hashed, and compared with what the
 // checkpoint says. If they are not what they should be, the file is empty and
-// offset zero. Errors: errNoSpace, or what the disk reported.
+// offset zero. Errors: errNoSpace, errWriting, or what the disk reported.
 func (s *store) create(d digest.Digest, size, from int64) (*partial, error) {
+	if err := s.lockPartial(d); err != nil {
+		return nil, err
+	}
 	if err := s.reserve(size); err != nil {
+		s.unlockPartial(d)
 		return nil, err
 	}
 	p := &partial{store: s, digest: d, size: size, pending: size, hash: d.Algorithm().Hash()}
@@ -122,6 +126,26 @@ func (s *store) create(d digest.Digest, size, from int64) (*partial, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// errWriting reports that the same content is being written already: as a
+// manifest and as a blob.
+var errWriting = errors.New("already being written")
+
+func (s *store) lockPartial(d digest.Digest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writing[d] {
+		return errWriting
+	}
+	s.writing[d] = true
+	return nil
+}
+
+func (s *store) unlockPartial(d digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.writing, d)
 }
 
 // restore brings file, hash and offset to `from` if the checkpoint is at it
@@ -225,8 +249,11 @@ func (p *partial) commit(under func(rename func() error) error) error {
 	}
 	os.Remove(p.Name() + stateSuffix)
 	s := p.store
+	now := time.Now().Unix()
 	s.mu.Lock()
-	s.toFront(s.enter(p.digest, p.size, time.Now().Unix()))
+	e := s.enter(p.digest, p.size, now)
+	e.hashed = now
+	s.toFront(e)
 	s.mu.Unlock()
 	p.release()
 	p.Close()
@@ -253,20 +280,24 @@ func (p *partial) abandon() {
 	p.Close()
 }
 
-// release gives the reservation back.
+// release gives the reservation and the file's name back.
 func (p *partial) release() {
 	s := p.store
 	s.pending.Add(-p.pending)
 	p.pending = 0
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.reserved -= p.size
-	s.mu.Unlock()
+	delete(s.writing, p.digest)
 }
 
 // put stores a small verified body.
 func (s *store) put(d digest.Digest, body []byte) error {
 	s.claim(d)
 	p, err := s.create(d, int64(len(body)), 0)
+	if errors.Is(err, errWriting) {
+		return nil // whoever writes it will keep it
+	}
 	if err != nil {
 		return err
 	}

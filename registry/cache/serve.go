@@ -233,8 +233,9 @@ func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) e
 		b, err = rq.disk.store.open(ctx, rq.digest, c.cfg.Timeouts.Headers)
 		switch {
 		case err == nil:
-			defer b.Close()
-			return c.serveStored(w, r, rq, b)
+			if err = c.serveStored(w, r, rq, b); !errors.Is(err, errAgain) {
+				return err
+			}
 		case errors.Is(err, errBusy):
 			return refuse(http.StatusServiceUnavailable, "verifying", err.Error())
 		case !errors.Is(err, fs.ErrNotExist):
@@ -251,7 +252,10 @@ func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) e
 	return &unavailable{"broken", fmt.Errorf("every download of %s broke off", rq.digest)}
 }
 
+// serveStored answers with b, and closes it. The error is errAgain if b turned
+// out to be damaged.
 func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request, b *blob) error {
+	defer b.Close()
 	detail, err := c.permit(r.Context(), rq)
 	if err != nil {
 		return err
@@ -261,6 +265,12 @@ func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request,
 	s, ok := rng.of(b.size)
 	if !ok {
 		return outOfRange(w, b.size)
+	}
+	if r.Method == http.MethodGet && s.start == 0 && rq.disk.store.doubtful(rq.digest) {
+		err := rq.disk.store.verify(r.Context(), rq.digest, c.cfg.Timeouts.Headers)
+		if errors.Is(err, fs.ErrNotExist) {
+			return errAgain
+		}
 	}
 	c.blobHeader(w, rq, rng.set, s, b.size, how)
 	if r.Method == http.MethodHead {

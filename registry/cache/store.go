@@ -41,10 +41,11 @@ type store struct {
 
 	mu       sync.Mutex // guards everything below
 	index    map[digest.Digest]*entry
-	oldest   entry // sentinel of the ring: next is the oldest, prev the newest
-	total    int64 // bytes of all entries
-	count    int   // blobs, without partials
-	reserved int64 // bytes of running downloads
+	oldest   entry                  // sentinel of the ring: next is the oldest, prev the newest
+	total    int64                  // bytes of all entries
+	count    int                    // blobs, without partials
+	reserved int64                  // bytes of running downloads
+	writing  map[digest.Digest]bool // files of partial that are open
 	checking map[digest.Digest]*check
 	closing  bool
 	checks   sync.WaitGroup
@@ -55,6 +56,8 @@ type entry struct {
 	digest     digest.Digest
 	size       int64
 	used       int64 // Unix seconds of the last use recorded on disk
+	asked      int64 // Unix seconds when it was last read from the beginning
+	hashed     int64 // Unix seconds when it was last hashed, 0 if not since the start
 	readers    int32 // open handles; such an entry is not evicted
 	partial    bool
 	prev, next *entry
@@ -80,6 +83,7 @@ func newStore(dir string, maxSize, minFree int64, log *slog.Logger, m *metrics) 
 		dir: dir, maxSize: maxSize, minFree: minFree, log: log, metrics: m,
 		free:     func() (int64, error) { return diskFree(dir) },
 		index:    make(map[digest.Digest]*entry),
+		writing:  make(map[digest.Digest]bool),
 		checking: make(map[digest.Digest]*check),
 	}
 	s.oldest.prev, s.oldest.next = &s.oldest, &s.oldest
@@ -139,8 +143,26 @@ func (s *store) open(ctx context.Context, d digest.Digest, patience time.Duratio
 	}
 }
 
+// doubtful reports whether a blob that is about to be read from the beginning
+// was so a moment ago. containerd keeps what it gets, so it asks twice when
+// the bytes were wrong: a seal does not tell of a decayed medium. What was
+// hashed of late is not doubted.
+func (s *store) doubtful(d digest.Digest) bool {
+	now := time.Now().Unix()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.index[d]
+	if e == nil {
+		return false
+	}
+	again := now-e.asked < int64(doubtWindow/time.Second)
+	e.asked = now
+	return again && now-e.hashed >= int64(doubtEvery/time.Second)
+}
+
 // verify hashes the file of d, once however many ask, and removes it if it is
-// wrong: then the error is fs.ErrNotExist.
+// wrong: then the error is fs.ErrNotExist. errBusy: that takes longer than
+// patience.
 func (s *store) verify(ctx context.Context, d digest.Digest, patience time.Duration) error {
 	s.mu.Lock()
 	if s.closing {
@@ -176,20 +198,28 @@ func (s *store) verify(ctx context.Context, d digest.Digest, patience time.Durat
 
 func (s *store) reverify(ctx context.Context, d digest.Digest) error {
 	path := s.blobPath(d)
-	f, fi, err := storage.OpenVerified(ctx, path, d)
-	if err == nil {
-		defer f.Close()
-		if !storage.Sealed(fi, d) {
-			// Not our file to mark, so every use would hash it again.
-			return s.discard(d, path, errors.New("it cannot be sealed"))
-		}
-		return nil
+	f, err := os.Open(path)
+	if err != nil {
+		return err
 	}
-	if errors.Is(err, storage.ErrCorrupt) {
+	defer f.Close()
+	if err = storage.Verify(ctx, f, d); errors.Is(err, storage.ErrCorrupt) {
 		s.metrics.corrupt.WithLabelValues("store").Inc()
 		return s.discard(d, path, err)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	if fi, err := f.Stat(); err != nil || !storage.Sealed(fi, d) {
+		// Not ours to mark, so that every use would hash it again.
+		return s.discard(d, path, errors.New("it cannot be sealed"))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.index[d]; e != nil {
+		e.hashed = time.Now().Unix()
+	}
+	return nil
 }
 
 func (s *store) discard(d digest.Digest, path string, why error) error {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -284,6 +285,88 @@ func TestUnsealedIsVerified(t *testing.T) {
 	}
 }
 
+// TestDecay changes a stored byte without a trace, as a medium does. The first
+// reader cannot be saved; when it asks again, it must be.
+func TestDecay(t *testing.T) {
+	o := newOrigin(t)
+	body := random(9<<20, 47)
+	d := o.blob("app", body)
+	n := start(t, Config{Registries: upstreams(o.URL)})
+	n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
+	n.settled()
+	n = n.restart()
+	path := n.disk.Load().store.blobPath(d)
+	flip(t, path, 12345)
+	if err := os.Chtimes(path, time.Time{}, storage.SealTime(d)); err != nil {
+		t.Fatal(err)
+	}
+	if r := n.get(blobURL("app", d)); bytes.Equal(r.body, body) {
+		t.Fatal("the byte was not flipped")
+	}
+	n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
+	n.settled()
+	o.forget()
+	for range 3 {
+		n.wantBlob(n.get(blobURL("app", d)), body, "hit")
+	}
+	if len(o.asked) != 0 {
+		t.Errorf("asked %q", o.asked)
+	}
+}
+
+// TestOneWriter has a manifest and a download of the same content, which must
+// not write to one file.
+func TestOneWriter(t *testing.T) {
+	s := testStore(t, 0, 0)
+	body := random(fillChunk, 48)
+	d := digest.FromBytes(body)
+	p, err := s.create(d, int64(len(body)), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.create(d, int64(len(body)), 0); !errors.Is(err, errWriting) {
+		t.Errorf("a second writer: %v", err)
+	}
+	if err := s.put(d, body); err != nil {
+		t.Errorf("put: %v", err)
+	}
+	p.Write(body)
+	if err := p.commit(func(rename func() error) error { return rename() }); err != nil {
+		t.Error(err)
+	}
+	b, err := s.open(t.Context(), d, time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+	if len(s.writing) != 0 || s.reserved != 0 || s.pending.Load() != 0 {
+		t.Errorf("left: %d writers, %d reserved, %d pending", len(s.writing), s.reserved, s.pending.Load())
+	}
+}
+
+// TestRunErrors checks that what is wrong with the directory is named.
+func TestRunErrors(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := start(t, Config{Dir: filepath.Join(dir, "taken"), Registries: upstreams("http://127.0.0.1:1")})
+	for want, dir := range map[string]string{
+		"not a directory":             file,
+		"another process is using it": n.cfg.Dir,
+	} {
+		c, err := New(Config{Dir: dir, Registries: upstreams("http://127.0.0.1:1"), Logger: quiet()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.Run(t.Context())
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), dir) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("error %v, want %q", err, want)
+		}
+	}
+}
+
 // TestRemovedBehindOurBack fetches again what somebody deleted.
 func TestRemovedBehindOurBack(t *testing.T) {
 	o := newOrigin(t)
@@ -309,9 +392,7 @@ func TestDiskFull(t *testing.T) {
 		o := newOrigin(t)
 		body := random(size, 44)
 		d := o.blob("app", body)
-		n := start(t, Config{Registries: upstreams(o.URL)})
-		n.disk.Load().store.free = func() (int64, error) { return 0, nil }
-		n.disk.Load().store.minFree = 1
+		n := start(t, Config{Registries: upstreams(o.URL), MinFreeDisk: 1 << 60})
 		for range 2 {
 			n.wantBlob(n.get(blobURL("app", d)), body, "fwd=bypass; detail=no-space")
 		}
