@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -81,9 +82,9 @@ func (s *tokenService) requests() []string {
 // guard challenges whoever comes without a token for what is asked.
 func (s *tokenService) guard(w http.ResponseWriter, r *http.Request) bool {
 	scope := ""
-	switch path := strings.TrimPrefix(r.URL.Path, "/v2/"); {
-	case path == "":
-	case path == "_catalog":
+	switch path := strings.TrimPrefix(r.URL.Path, "/v2/"); path {
+	case "":
+	case "_catalog":
 		scope = catalogScope
 	default:
 		for _, part := range []string{"/manifests/", "/blobs/", "/tags/", "/referrers/"} {
@@ -206,7 +207,7 @@ func TestSyncRefusedCredentials(t *testing.T) {
 		return true
 	}
 	service := newTokenService(t, "edge", "hunter2")
-	garbage := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"token":7,"x":"hunter2"}`) }))
+	garbage := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"token":7,"x":"hunter2"}`) }))
 	t.Cleanup(garbage.Close)
 	challenge := func(value string) func(w http.ResponseWriter, r *http.Request) bool {
 		return func(w http.ResponseWriter, r *http.Request) bool {

@@ -158,8 +158,10 @@ func (r *repository) fail(err error) {
 	}
 }
 
-func (r *repository) failTag(tag string, err error) {
-	r.fail(err)
+// failTag records why a tag is not as it should be: err, which full says
+// together with the tag.
+func (r *repository) failTag(tag string, err, full error) {
+	r.fail(full)
 	r.run.event(Event{Kind: EventFailed, Repository: r.name, Tag: tag, Err: err})
 }
 
@@ -226,7 +228,7 @@ func (r *repository) plan(ctx context.Context) ([]TagPlan, error) {
 	plans := planTags(wanted, here)
 	for _, p := range plans {
 		if p.Err != nil {
-			r.failTag(p.Name, p.Err)
+			r.failTag(p.Name, p.Err, p.Err)
 		}
 	}
 	return plans, nil
@@ -388,7 +390,7 @@ func (r *repository) syncGroup(ctx context.Context, g *group) {
 			tagErr = r.writeTag(ctx, t.Name, t.Digest)
 		}
 		if tagErr != nil {
-			r.failTag(t.Name, fmt.Errorf("%s:%s: %w", r.name, t.Name, tagErr))
+			r.failTag(t.Name, tagErr, fmt.Errorf("%s:%s: %w", r.name, t.Name, tagErr))
 			continue
 		}
 		r.mu.Lock()

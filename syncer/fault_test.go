@@ -215,10 +215,7 @@ func TestSyncWithoutDigestHeader(t *testing.T) {
 	d := p.pushImage(t, "app:1", testImage(t, "x", testLayer(1, 1000)))
 	for name, fault := range map[string]func(w http.ResponseWriter, r *http.Request) bool{
 		"no header": func(w http.ResponseWriter, r *http.Request) bool {
-			if r.Method == http.MethodHead {
-				return true
-			}
-			return false
+			return r.Method == http.MethodHead
 		},
 		"no HEAD": func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Method == http.MethodHead {
@@ -321,12 +318,9 @@ func TestRetryAfter(t *testing.T) {
 
 // A parent that is not there is found out once, whatever there is to do.
 func TestSyncUnreachable(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &testParent{host: listener.Addr().String()}
-	listener.Close()
+	gone := httptest.NewServer(http.NotFoundHandler())
+	p := &testParent{host: strings.TrimPrefix(gone.URL, "http://")}
+	gone.Close()
 	f := newFixture(t, p, exactly("a", "b", "c/**")...)
 	f.limits.attempts = 2
 	result, err := f.Sync(t.Context(), v1alpha1.SyncTriggerManual)
@@ -459,7 +453,7 @@ func FuzzNextPage(f *testing.F) {
 		if next == "" {
 			return
 		}
-		req, err := http.NewRequest(http.MethodGet, "https://parent.example"+next, nil)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://parent.example"+next, nil)
 		if err != nil {
 			return // reported as a wrong answer
 		}

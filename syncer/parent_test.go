@@ -199,7 +199,7 @@ func digestOf(t testing.TB, x interface{ Digest() (ggcr.Hash, error) }) digest.D
 // put uploads a manifest as it stands.
 func (p *testParent) put(t testing.TB, path, mediaType string, body []byte) digest.Digest {
 	t.Helper()
-	req, err := http.NewRequest(http.MethodPut, "http://"+p.push+"/v2/"+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+p.push+"/v2/"+path, bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,7 @@ func (p *testParent) put(t testing.TB, path, mediaType string, body []byte) dige
 
 func (p *testParent) delete(t testing.TB, path string) {
 	t.Helper()
-	req, err := http.NewRequest(http.MethodDelete, "http://"+p.push+"/v2/"+path, nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, "http://"+p.push+"/v2/"+path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -310,8 +310,8 @@ func newFixtureAt(t testing.TB, root string, p *testParent, configure func(*Conf
 	if f.Syncer, err = New(config); err != nil {
 		t.Fatal(err)
 	}
-	f.Syncer.limits.backoff = time.Millisecond
-	f.Syncer.limits.maxBackoff = 5 * time.Millisecond
+	f.limits.backoff = time.Millisecond
+	f.limits.maxBackoff = 5 * time.Millisecond
 	return f
 }
 

@@ -67,7 +67,7 @@ func syncChild() int {
 
 func startChild(t *testing.T, p *testParent, root, repositories string, env ...string) (*exec.Cmd, *strings.Builder) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), append([]string{
 		childVariable + "=1",
 		"SYNCER_TEST_PARENT=" + p.host,

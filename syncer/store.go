@@ -155,13 +155,10 @@ func (s *store) manifest(ctx context.Context, repository string, d digest.Digest
 	if err != nil {
 		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
 	}
+	// What does not parse was stored by someone who is less strict: the parent is
+	// asked again, and what is wrong with its answer is what a person gets to see.
 	m, err = parseManifest(mediaType, body)
-	if err != nil {
-		// Stored by someone who is less strict: the parent is asked again, and
-		// what it says about it then is the error that a person gets to see.
-		return manifest{}, false, nil
-	}
-	return m, true, nil
+	return m, err == nil, nil
 }
 
 // putManifest stores a manifest. The caller has seen to it that everything it

@@ -250,7 +250,7 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 	resume := s.begin(r, trigger, start)
 	r.sync(ctx, resume)
 	result, err := s.finish(ctx, r, trigger, start)
-	s.report(result, err)
+	s.report(ctx, result)
 	return result, err
 }
 
@@ -306,17 +306,16 @@ func joinOnce(errs []error) error {
 
 // report logs how a synchronisation went. A problem that persists is logged when
 // it appears and when it is gone, not every minute.
-func (s *Syncer) report(result Result, err error) {
+func (s *Syncer) report(ctx context.Context, result Result) {
 	log := s.config.Logger
 	for _, repo := range result.Repositories {
 		problem := ""
 		if repo.Err != nil {
 			problem = repo.Err.Error()
 		}
-		before := s.logged[repo.Name]
-		switch {
-		case problem == before:
-		case problem == "":
+		switch problem {
+		case s.logged[repo.Name]:
+		case "":
 			log.Info("repository is complete again", "repository", repo.Name)
 		default:
 			log.Warn("repository is not complete", "repository", repo.Name, "tags_wanted", repo.TagsWanted, "tags_present", repo.TagsPresent, "error", problem)
@@ -327,7 +326,7 @@ func (s *Syncer) report(result Result, err error) {
 	if result.TagsUpdated > 0 || result.Trigger != v1alpha1.SyncTriggerSchedule {
 		level = slog.LevelInfo
 	}
-	log.Log(context.Background(), level, "synchronisation ended",
+	log.Log(ctx, level, "synchronisation ended",
 		"trigger", result.Trigger, "state", result.State, "duration", result.End.Sub(result.Start).Round(time.Millisecond),
 		"tags_updated", result.TagsUpdated, "blobs_fetched", result.BlobsFetched, "blobs_linked", result.BlobsLinked, "bytes_fetched", result.BytesFetched)
 	s.metrics.observe(result)
