@@ -229,6 +229,23 @@ func (c *Cluster) Kubeconfig() string { return c.path("kubeconfig") }
 // serves there, they can use.
 func (c *Cluster) HostAddr() netip.Addr { return c.net.host() }
 
+// AddHost gives a name to an address, for nodes and pods alike: the host's, for
+// a registry that a test serves there. Names are known within a second; one
+// that is given again gets a further address.
+func (c *Cluster) AddHost(name string, addr netip.Addr) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	data, err := os.ReadFile(c.path("hosts"))
+	if err != nil {
+		return err
+	}
+	data = fmt.Appendf(data, "%s %s\n", addr, name)
+	if err := os.WriteFile(c.path("hosts.new"), data, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(c.path("hosts.new"), c.path("hosts"))
+}
+
 // ServiceAddr returns an address for a Service of a chosen clusterIP: the
 // number-th, from 1 to 250, of a part of the service network that is given out
 // last. The host reaches it too.

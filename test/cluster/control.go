@@ -54,6 +54,9 @@ func (c *Cluster) startControlPlane(ctx context.Context, certManager bool) error
 	if err := writePause(c.path("images", "pause.tar"), c.programs.path("machine", "machine")); err != nil {
 		return fmt.Errorf("making the pause image: %w", err)
 	}
+	if err := os.WriteFile(c.path("hosts"), nil, 0o644); err != nil {
+		return err
+	}
 	if err := os.WriteFile(c.path("Corefile"), []byte(c.corefile()), 0o644); err != nil {
 		return err
 	}
@@ -218,14 +221,18 @@ func (c *Cluster) corefile() string {
 	return fmt.Sprintf(`.:53 {
 	bind %s
 	errors
+	hosts %s {
+		reload 200ms
+		ttl 1
+		fallthrough
+	}
 	kubernetes %s in-addr.arpa {
 		kubeconfig %s
 		pods insecure
-		ttl 5
+		ttl 1
 	}
-	cache 5
 }
-`, c.net.control(), domain, c.pki.path("admin", "conf"))
+`, c.net.control(), c.path("hosts"), domain, c.pki.path("admin", "conf"))
 }
 
 func storageClass() string {
