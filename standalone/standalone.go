@@ -21,6 +21,7 @@ import (
 	"github.com/connected-registry/connected-registry/agent"
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry"
+	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/registry/cache"
 	"github.com/connected-registry/connected-registry/storage"
 	"github.com/connected-registry/connected-registry/syncer"
@@ -146,8 +147,8 @@ func (s *Standalone) openRegistry(c Config, _ *parent) error {
 	if c.Listen == "" {
 		return nil
 	}
-	if !c.Resource.Spec.AnonymousPull {
-		return errors.New("nobody could pull: allow it to everybody with spec.anonymousPull or --anonymous")
+	if spec := c.Resource.Spec; !spec.AnonymousPull && len(spec.ClientTokens) == 0 {
+		return errors.New("nobody could pull: name clients in spec.clientTokens, or let everybody pull with spec.anonymousPull or --anonymous")
 	}
 	l, err := s.listen(c.Listen, "--listen")
 	if err != nil {
@@ -161,6 +162,10 @@ func (s *Standalone) openRegistry(c Config, _ *parent) error {
 	if err := s.openTLS(filepath.Join(c.Data, "ca"), certs, l.Addr()); err != nil {
 		return err
 	}
+	authority, err := s.openAuth(c)
+	if err != nil {
+		return err
+	}
 	readOnly := c.Resource.Spec.Mode != v1alpha1.ModeReadWrite
 	s.Registry, err = registry.New(registry.Config{
 		Store:    s.store,
@@ -168,9 +173,29 @@ func (s *Standalone) openRegistry(c Config, _ *parent) error {
 		CertFile: filepath.Join(certs, "tls.crt"),
 		KeyFile:  filepath.Join(certs, "tls.key"),
 		ReadOnly: func() bool { return readOnly },
+		Auth:     authority,
 		Logger:   c.Logger,
 	})
 	return err
+}
+
+func (s *Standalone) openAuth(c Config) (*auth.Authority, error) {
+	dir := filepath.Join(c.Data, "tokens")
+	if err := renderTokens(c.Resource, c.Secrets, dir); err != nil {
+		return nil, err
+	}
+	secret, err := tokenSecret(c.Data)
+	if err != nil {
+		return nil, err
+	}
+	anonymous := c.Resource.Spec.AnonymousPull
+	return auth.New(auth.Config{
+		Dir:           dir,
+		Secret:        secret,
+		AnonymousPull: func() bool { return anonymous },
+		Hosts:         []string{s.LoginServer},
+		Logger:        c.Logger,
+	})
 }
 
 // openTLS loads the built-in CA, made on the first start and kept, and sees to a

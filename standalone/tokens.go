@@ -1,0 +1,139 @@
+package standalone
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/trust"
+)
+
+// tokenSecretBytes is the size of what bearer tokens are signed with.
+const tokenSecretBytes = 32
+
+// renderTokens makes dir hold what the registry reads its client tokens from:
+// hashed passwords and scope maps of the tokens that r names. A password that
+// has not changed keeps its hash.
+func renderTokens(r *v1alpha1.ConnectedRegistry, secrets, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making room for client tokens: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("client tokens: %w", err)
+	}
+	defer root.Close()
+	var keep []string
+	for i, t := range r.Spec.ClientTokens {
+		passwords, err := secret{secrets, t.SecretRef.Name}.passwords()
+		if err != nil {
+			return fmt.Errorf("spec.clientTokens[%d]: %w", i, err)
+		}
+		name := t.Name + ".json"
+		if err := renderToken(root, name, passwords, t.ScopeMap); err != nil {
+			return fmt.Errorf("client token %s: %w", t.Name, err)
+		}
+		keep = append(keep, name)
+	}
+	return removeOthers(root, keep)
+}
+
+func renderToken(root *os.Root, name string, passwords []string, scopes []v1alpha1.Scope) error {
+	var was auth.TokenFile
+	if data, err := root.ReadFile(name); err == nil {
+		_ = json.Unmarshal(data, &was) // what cannot be read is written anew
+	}
+	now := auth.TokenFile{ScopeMap: scopes}
+	for _, password := range passwords {
+		hash, err := hashOf(password, was.Passwords)
+		if err != nil {
+			return err
+		}
+		now.Passwords = append(now.Passwords, hash)
+	}
+	if reflect.DeepEqual(now, was) {
+		return nil
+	}
+	data, err := json.Marshal(now)
+	if err != nil {
+		return err
+	}
+	_, err = trust.WriteFile(root, name, data, 0o600)
+	return err
+}
+
+func hashOf(password string, known []string) (string, error) {
+	for _, hash := range known {
+		if auth.PasswordMatches(hash, password) {
+			return hash, nil
+		}
+	}
+	return auth.HashPassword(password)
+}
+
+func removeOthers(root *os.Root, keep []string) error {
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), ".json") && !slices.Contains(keep, e.Name()) {
+			if _, err := trust.RemoveFile(root, e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// passwords reads password1 and password2, of which one may be missing.
+func (s secret) passwords() ([]string, error) {
+	var all []string
+	var missing error
+	for _, key := range []string{v1alpha1.SecretKeyPassword1, v1alpha1.SecretKeyPassword2} {
+		value, err := s.key(key)
+		if errors.Is(err, fs.ErrNotExist) {
+			missing = err
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if value = strings.TrimRight(value, "\r\n"); value == "" {
+			return nil, fmt.Errorf("Secret %s: %s is empty: put a password into it or remove it", s.name, key)
+		}
+		all = append(all, value)
+	}
+	if len(all) == 0 {
+		return nil, missing
+	}
+	return all, nil
+}
+
+// tokenSecret is what bearer tokens are signed with: made once and kept, so that
+// clients need not log in again after a restart.
+func tokenSecret(data string) ([]byte, error) {
+	root, err := os.OpenRoot(data)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	const name = "token-secret"
+	if secret, err := root.ReadFile(name); err == nil && len(secret) == tokenSecretBytes {
+		return secret, nil
+	}
+	secret := make([]byte, tokenSecretBytes)
+	rand.Read(secret) // never fails
+	if _, err := trust.WriteFile(root, name, secret, 0o600); err != nil {
+		return nil, fmt.Errorf("keeping the secret for bearer tokens: %w", err)
+	}
+	return secret, nil
+}
