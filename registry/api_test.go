@@ -303,10 +303,38 @@ func TestMount(t *testing.T) {
 	c.want(c.do("GET", "/v2/to/blobs/"+d.String(), nil), 200, "")
 	// What cannot be mounted is to be uploaded.
 	absent := digest.FromString("absent").String()
-	for _, query := range []string{"mount=" + absent + "&from=from", "mount=" + d.String() + "&from=none", "mount=" + d.String() + "&from=NONE", "mount=" + d.String()} {
+	for _, query := range []string{"mount=" + absent + "&from=from", "mount=" + d.String() + "&from=none", "mount=" + d.String() + "&from=NONE", "mount=" + absent} {
 		c.want(c.do("POST", "/v2/elsewhere/blobs/uploads/?"+query, nil), 202, "")
 	}
 	c.want(c.do("POST", "/v2/to/blobs/uploads/?mount=x&from=from", nil), 400, "DIGEST_INVALID")
+	// From wherever it is.
+	c.want(c.do("POST", "/v2/to/blobs/uploads/?mount="+d.String(), nil), 202, "") // not yet in a repository with a manifest
+	c.want(c.do("PUT", "/v2/from/manifests/t", `{"schemaVersion":2,"manifests":[]}`, "Content-Type", typeOCIIndex), 201, "")
+	c.want(c.do("POST", "/v2/wherever/blobs/uploads/?mount="+d.String(), nil), 201, "")
+	c.want(c.do("GET", "/v2/wherever/blobs/"+d.String(), nil), 200, "")
+	// By another algorithm than it is filed under.
+	other := digest.SHA512.FromString("other")
+	c.want(c.do("POST", "/v2/from/blobs/uploads/?digest="+other.String(), "other"), 201, "")
+	c.want(c.do("POST", "/v2/to/blobs/uploads/?mount="+other.String()+"&from=from", nil), 201, "")
+	for _, ref := range []digest.Digest{other, digest.FromString("other")} {
+		c.want(c.do("GET", "/v2/to/blobs/"+ref.String(), nil), 200, "")
+	}
+}
+
+func TestEmptyBlob(t *testing.T) {
+	c := serveHandler(t, newServer(t, Config{}))
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
+		d := alg.FromString("").String()
+		at := c.do("POST", "/v2/a/blobs/uploads/", nil).header.Get("Location")
+		c.want(c.do("PUT", at+"?digest="+d, nil), 201, "")
+		c.want(c.do("POST", "/v2/b/blobs/uploads/?digest="+d, nil), 201, "")
+		for _, repo := range []string{"a", "b"} {
+			a := c.want(c.do("GET", "/v2/"+repo+"/blobs/"+d, nil), 200, "")
+			if a.header.Get("Content-Length") != "0" {
+				t.Errorf("headers %v", a.header)
+			}
+		}
+	}
 }
 
 func TestManifestsRefused(t *testing.T) {

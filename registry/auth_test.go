@@ -114,12 +114,14 @@ func pull(ref string, options []crane.Option) error {
 func TestMountNeedsReading(t *testing.T) {
 	store := openStore(t)
 	open := serveHandler(t, newServer(t, Config{Store: store}))
+	open.pushImage("secret", "t", []byte("more of it"))
 	secret := open.pushBlob("secret", []byte("secret"))
 	shared := open.pushBlob("shared", []byte("shared"))
 	c := serveHandler(t, newServer(t, Config{Store: store, Auth: newAuthority(t, false)}))
 	basic := []string{"Authorization", "Basic dGVhbTp0ZWFt"} // team:team
 	c.want(c.do("POST", "/v2/team/x/blobs/uploads/?mount="+shared.String()+"&from=shared", nil, basic...), 201, "")
 	c.want(c.do("POST", "/v2/team/x/blobs/uploads/?mount="+secret.String()+"&from=secret", nil, basic...), 202, "")
+	c.want(c.do("POST", "/v2/team/x/blobs/uploads/?mount="+secret.String(), nil, basic...), 202, "")
 	c.want(c.do("GET", "/v2/team/x/blobs/"+secret.String(), nil, basic...), 404, "BLOB_UNKNOWN")
 }
 

@@ -27,11 +27,8 @@ import (
 // from another repository, or by taking all of it in this request.
 func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, who caller) error {
 	query := r.URL.Query()
-	mount, from := query.Get("mount"), query.Get("from")
-	// Whether the other repository has it is nobody's business who may not
-	// read there; the client uploads instead.
-	if mount != "" && who.may(from, v1alpha1.ActionContentRead) {
-		done, err := s.mount(w, r, repo, mount, from)
+	if mount := query.Get("mount"); mount != "" {
+		done, err := s.mount(w, r, repo, mount, query.Get("from"), who)
 		if done || err != nil {
 			return err
 		}
@@ -55,29 +52,48 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 
 // mount links a blob of another repository into this one. done is false when
 // the blob cannot be had there, for then the specification has the client
-// upload it.
-func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repository, mount, from string) (done bool, err error) {
+// upload it; that is also the answer to a caller who may not read there, whose
+// business it is not what there is.
+func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repository, mount, from string, who caller) (done bool, err error) {
 	d, err := parseDigest(mount)
 	if err != nil {
 		return false, err
 	}
+	if from == "" {
+		from = s.findBlob(d, who)
+	}
 	source, err := s.cfg.Store.Repository(from)
-	if err != nil {
+	if err != nil || !who.may(from, v1alpha1.ActionContentRead) {
 		return false, nil
 	}
-	f, _, err := source.OpenLayer(r.Context(), d)
+	err = repo.MountLayer(r.Context(), source, d)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
-		return false, err
-	}
-	f.Close()
-	if err := repo.LinkLayer(r.Context(), d); err != nil {
 		return false, fmt.Errorf("mounting %s from %s: %w", d, from, err)
 	}
 	blobCreated(w, repo, d)
 	return true, nil
+}
+
+// maxSearch bounds in how many repositories a blob is looked for when a client
+// wants it mounted from wherever it is.
+const maxSearch = 1000
+
+// findBlob names a repository with the blob that the caller may read, or none.
+func (s *Server) findBlob(d digest.Digest, who caller) string {
+	n := 0
+	for name, err := range s.cfg.Store.Repositories("") {
+		if n++; err != nil || n > maxSearch {
+			break
+		}
+		repo, err := s.cfg.Store.Repository(name)
+		if err == nil && who.may(name, v1alpha1.ActionContentRead) && repo.HasLayer(d) {
+			return name
+		}
+	}
+	return ""
 }
 
 // uploadProgress tells how much of an upload has arrived.

@@ -165,6 +165,32 @@ func (r Repository) LinkLayer(ctx context.Context, d digest.Digest) error {
 	return r.link(ctx, linkPath(r.path+"/_layers/", d), d)
 }
 
+// MountLayer makes the blob d of another repository part of this one. The error
+// is fs.ErrNotExist when it is not part of that one.
+func (r Repository) MountLayer(ctx context.Context, from Repository, d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", d, err)
+	}
+	target, err := r.store.readLink(linkPath(from.path+"/_layers/", d))
+	if err != nil {
+		return err
+	}
+	if err := r.LinkLayer(ctx, target); err != nil {
+		return err
+	}
+	return r.link(ctx, linkPath(r.path+"/_layers/", d), target)
+}
+
+// HasLayer reports whether the blob d is part of the repository. It does not
+// look at the blob.
+func (r Repository) HasLayer(d digest.Digest) bool {
+	if d.Validate() != nil {
+		return false
+	}
+	_, err := r.store.readLink(linkPath(r.path+"/_layers/", d))
+	return err == nil
+}
+
 // DeleteTag removes a tag. The manifest stays. The error is fs.ErrNotExist when
 // there is no such tag.
 func (r Repository) DeleteTag(ctx context.Context, tag string) error {
