@@ -9,6 +9,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +31,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/validate"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/standalone"
@@ -61,7 +64,7 @@ func run(ctx context.Context, out io.Writer) (err error) {
 	d := &demo{dir: dir, out: out}
 	defer d.stopAll()
 	for _, step := range []func(context.Context) error{
-		d.startParent, d.seed, d.openProduct, d.synchronise, d.configureNode, d.pulls,
+		d.startParent, d.seed, d.openProduct, d.synchronise, d.checkSignature, d.configureNode, d.pulls,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -246,6 +249,48 @@ func (d *demo) synchronise(ctx context.Context) error {
 		fmt.Fprintf(d.out, "sync      %s: %d of %d tags complete, %d blobs, %s in %s\n", repo.Name,
 			repo.TagsPresent, repo.TagsWanted, r.BlobsFetched, megabytes(r.BytesFetched), seconds(r.End.Sub(r.Start)))
 	}
+	return nil
+}
+
+// checkSignature asks the registry what refers to the image and fetches it.
+func (d *demo) checkSignature(ctx context.Context) error {
+	roots := x509.NewCertPool()
+	pem, err := os.ReadFile(filepath.Join(d.dir, "data", "ca", "ca.crt"))
+	if err != nil {
+		return err
+	}
+	roots.AppendCertsFromPEM(pem)
+	tr := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}
+	defer tr.CloseIdleConnections()
+	options := []remote.Option{remote.WithContext(ctx), remote.WithTransport(tr)}
+
+	subject, err := d.index.Digest()
+	if err != nil {
+		return err
+	}
+	ref, err := name.NewDigest(d.product.LoginServer + "/" + repository + "@" + subject.String())
+	if err != nil {
+		return err
+	}
+	index, err := remote.Referrers(ref, options...)
+	if err != nil {
+		return fmt.Errorf("asking for referrers: %w", err)
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		return err
+	}
+	if len(m.Manifests) != 1 {
+		return fmt.Errorf("%d referrers of %s at the registry, expected the signature", len(m.Manifests), subject)
+	}
+	sig, err := remote.Image(ref.Context().Digest(m.Manifests[0].Digest.String()), options...)
+	if err != nil {
+		return fmt.Errorf("fetching the signature: %w", err)
+	}
+	if err := validate.Image(sig, validate.Fast); err != nil {
+		return fmt.Errorf("fetching the signature: %w", err)
+	}
+	fmt.Fprintf(d.out, "          its signature came along: %s\n", m.Manifests[0].Digest)
 	return nil
 }
 
