@@ -45,14 +45,54 @@ func check(t *testing.T, d *daemon, ref, id string, image *testImage) {
 	}
 }
 
-// hostsAsked lists the host[:port]s of requests in the order of their first
-// use.
-func hostsAsked(requests []request) []string {
+// trace is the HTTP traffic of one or more pulls.
+type trace []exchange
+
+// asked lists the host:ports that requests went to, answered or not, in the
+// order of their first use.
+func (tr trace) asked() []string {
+	return tr.hosts(func(e exchange) bool { return e.Status == 0 })
+}
+
+// served lists the host:ports that content came from, in the order of their
+// first use.
+func (tr trace) served() []string {
+	return tr.hosts(func(e exchange) bool { return e.Status/100 == 2 })
+}
+
+func (tr trace) hosts(match func(exchange) bool) []string {
 	var hosts []string
-	for _, r := range requests {
-		if !slices.Contains(hosts, r.Host) {
-			hosts = append(hosts, r.Host)
+	for _, e := range tr {
+		if match(e) && !slices.Contains(hosts, e.Host) {
+			hosts = append(hosts, e.Host)
 		}
 	}
 	return hosts
+}
+
+// cacheStatus counts the answers with content by what their Cache-Status says,
+// without the name of the cache.
+func (tr trace) cacheStatus() map[string]int {
+	counts := map[string]int{}
+	for _, e := range tr {
+		if e.Status/100 == 2 {
+			_, status, _ := strings.Cut(e.CacheStatus, "; ")
+			counts[status]++
+		}
+	}
+	return counts
+}
+
+// cacheMissed says whether the cache had to fetch any of the content.
+func (tr trace) cacheMissed() bool {
+	return slices.ContainsFunc(tr, func(e exchange) bool {
+		return e.Status/100 == 2 && strings.Contains(e.CacheStatus, "fwd=")
+	})
+}
+
+// resumed says whether host was asked for the rest of a blob from its middle.
+func (tr trace) resumed(host string) bool {
+	return slices.ContainsFunc(tr, func(e exchange) bool {
+		return e.Host == host && e.Range != "" && !strings.HasPrefix(e.Range, "bytes=0-")
+	})
 }

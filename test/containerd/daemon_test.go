@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -55,7 +54,7 @@ type daemon struct {
 	client *containerdclient.Client
 
 	logPath string
-	logSeen int64 // offset in the log up to which requests() has read
+	logSeen int64 // offset in the log up to which exchanges has read
 }
 
 // configuration is a containerd with the image service alone: no NRI, no
@@ -117,7 +116,7 @@ differ = 'walking'
 
 // startContainerd starts a containerd with nothing in its store and returns
 // when its image service answers. It is stopped when the test ends; a daemon
-// that does not stop within five seconds of SIGTERM fails the test.
+// that does not stop on SIGTERM fails the test.
 func startContainerd(t *testing.T, config daemonConfig) *daemon {
 	t.Helper()
 	dir := t.TempDir()
@@ -178,21 +177,8 @@ func (d *daemon) run(t *testing.T, cmd *exec.Cmd) <-chan struct{} {
 	// place of the hosts under test.
 	cmd.Env = []string{"PATH=/nonexistent"}
 	cmd.SysProcAttr = isolation()
-
-	started, stopped := make(chan error), make(chan struct{})
-	go func() {
-		// The kernel ends the daemon when the thread that started it ends, so
-		// that thread is kept until the daemon has gone.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait()
-			close(stopped)
-		}
-	}()
-	if err := <-started; err != nil {
+	stopped, err := startProcess(cmd)
+	if err != nil {
 		t.Fatalf("starting containerd: %v: it needs a mount namespace, so run the test as root with CAP_SYS_ADMIN or as a user who may create user namespaces", err)
 	}
 	t.Cleanup(func() { d.stop(t, cmd.Process, stopped) })
@@ -203,10 +189,7 @@ func (d *daemon) run(t *testing.T, cmd *exec.Cmd) <-chan struct{} {
 // no mount behind however it ends, and, for an ordinary user, a user namespace
 // in which it may mount at all.
 func isolation() *syscall.SysProcAttr {
-	attr := &syscall.SysProcAttr{
-		Pdeathsig:    syscall.SIGKILL,
-		Unshareflags: syscall.CLONE_NEWNS,
-	}
+	attr := &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	if uid := os.Geteuid(); uid != 0 {
 		attr.Cloneflags = syscall.CLONE_NEWUSER
 		attr.UidMappings = []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
@@ -216,7 +199,7 @@ func isolation() *syscall.SysProcAttr {
 }
 
 func (d *daemon) stop(t *testing.T, process *os.Process, stopped <-chan struct{}) {
-	const patience = 5 * time.Second
+	const patience = 15 * time.Second
 	_ = process.Signal(syscall.SIGTERM)
 	select {
 	case <-stopped:
@@ -383,14 +366,21 @@ func digestTree(t *testing.T, root string) map[string]digest.Digest {
 
 // logEntry is what of a line of the daemon's log says something about a pull.
 type logEntry struct {
-	Level  string `json:"level"`
-	Msg    string `json:"msg"`
-	URL    string `json:"url"`
-	Method string `json:"request.method"`
-	Range  string `json:"request.header.range"`
-	Status string `json:"response.status"`
-	Error  string `json:"error"`
+	Level       string `json:"level"`
+	Msg         string `json:"msg"`
+	URL         string `json:"url"`
+	Method      string `json:"request.method"`
+	Range       string `json:"request.header.range"`
+	Status      string `json:"response.status"`
+	CacheStatus string `json:"response.header.cache-status"`
+	Error       string `json:"error"`
 }
+
+// The messages of an HTTP exchange's two entries.
+const (
+	logRequest  = "do request"
+	logResponse = "fetch response received"
+)
 
 // newLog returns what the daemon has logged since offset, and the offset after
 // that. A line still without its end is left for the next call.
@@ -414,33 +404,45 @@ func (d *daemon) newLog(offset int64) ([]logEntry, int64, error) {
 	return entries, offset, nil
 }
 
-// request is one HTTP request of containerd to a registry, from its log.
-type request struct {
-	Method string
-	Host   string // host:port
-	Path   string
-	Range  string // the Range header
+// exchange is one HTTP request of containerd to a registry, or the answer to
+// one, from its log. Requests and answers are in their order, and go together
+// by Host and Path only.
+type exchange struct {
+	Host string // host:port
+	Path string
+
+	Method string // of a request
+	Range  string // a request's Range header
+
+	Status      int    // of an answer, 0 for a request
+	CacheStatus string // an answer's Cache-Status header
 }
 
-// requests returns what containerd has asked of registries since the last
-// call, in order.
-func (d *daemon) requests(t *testing.T) []request {
+// exchanges returns what went between containerd and registries since the last
+// call.
+func (d *daemon) exchanges(t *testing.T) trace {
 	t.Helper()
 	entries, end, err := d.newLog(d.logSeen)
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.logSeen = end
-	var found []request
-	for _, e := range entries {
-		if e.Msg != "do request" {
+	var found trace
+	for _, entry := range entries {
+		if entry.Msg != logRequest && entry.Msg != logResponse {
 			continue
 		}
-		u, err := url.Parse(e.URL)
+		u, err := url.Parse(entry.URL)
 		if err != nil {
 			t.Fatalf("containerd's log: %v", err)
 		}
-		found = append(found, request{Method: e.Method, Host: u.Host, Path: u.Path, Range: e.Range})
+		e := exchange{Host: u.Host, Path: u.Path, Method: entry.Method, Range: entry.Range, CacheStatus: entry.CacheStatus}
+		if entry.Msg == logResponse {
+			if _, err := fmt.Sscan(entry.Status, &e.Status); err != nil {
+				t.Fatalf("containerd's log: status %q: %v", entry.Status, err)
+			}
+		}
+		found = append(found, e)
 	}
 	return found
 }
@@ -453,11 +455,10 @@ func (d *daemon) logExcerpt() string {
 	}
 	var b strings.Builder
 	for _, e := range entries {
-		exchange := e.Msg == "do request" || e.Msg == "fetch response received"
-		if !exchange && (e.Level == "debug" || e.Level == "info" && !strings.HasPrefix(e.Msg, "PullImage")) {
+		if e.Msg != logRequest && e.Msg != logResponse && (e.Level == "debug" || e.Level == "info" && !strings.HasPrefix(e.Msg, "PullImage")) {
 			continue
 		}
-		fields := []string{e.Msg, e.Method, e.URL, e.Range, e.Status, e.Error}
+		fields := []string{e.Msg, e.Method, e.URL, e.Range, e.Status, e.CacheStatus, e.Error}
 		fields = slices.DeleteFunc(fields, func(s string) bool { return s == "" })
 		fmt.Fprintln(&b, strings.Join(fields, "  "))
 	}

@@ -2,9 +2,7 @@ package containerd
 
 import (
 	"net/http"
-	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -19,25 +17,24 @@ func TestHarness(t *testing.T) {
 		ranges bool
 	}{
 		{"transfer service", daemonConfig{}, false},
-		{"transfer service in chunks", daemonConfig{FetchBuffer: 4 << 20}, true},
+		{"transfer service in chunks", daemonConfig{FetchBuffer: 128 << 10}, true},
 		{"local pull", daemonConfig{LocalPull: true}, false},
-		{"local pull in chunks", daemonConfig{LocalPull: true, FetchBuffer: 4 << 20}, true},
+		{"local pull in chunks", daemonConfig{LocalPull: true, FetchBuffer: 128 << 10}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			image := load(t, bigImage)
-			parent := startParent(t)
-			parent.push(t, "team/app:1", image)
+			image := load(t, smallImage)
+			parent := startParent(t, false)
+			parent.push(t, repository+":1", image)
 
 			certs := t.TempDir()
-			writeHosts(t, certs, "registry.test", "[host.'http://"+parent.host+"']\n")
+			writeHostsFile(t, filepath.Join(certs, "registry.test", "hosts.toml"), "[host.'http://"+parent.host+"']\n")
 			test.config.CertsDir = certs
 			d := startContainerd(t, test.config)
 
 			for range 2 { // the second pull shows that the first one's bytes went
 				parent.reset()
-				d.requests(t)
 				pullAndCheck(t, d, "registry.test/team/app:1", image)
-				if diff := cmp.Diff([]string{parent.host}, hostsAsked(d.requests(t))); diff != "" {
+				if diff := cmp.Diff([]string{parent.host}, d.exchanges(t).asked()); diff != "" {
 					t.Errorf("hosts asked (-want +got):\n%s", diff)
 				}
 				if parent.count(http.MethodGet, "/blobs/") < len(image.layers) {
@@ -49,19 +46,5 @@ func TestHarness(t *testing.T) {
 				d.remove(t, "registry.test/team/app:1")
 			}
 		})
-	}
-}
-
-func writeHosts(t *testing.T, certs, host, content string) {
-	t.Helper()
-	dir := filepath.Join(certs, strings.ReplaceAll(host, ":", "_"))
-	if host != filepath.Base(host) {
-		t.Fatalf("host %q is no directory name", host)
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(content), 0o644); err != nil {
-		t.Fatal(err)
 	}
 }

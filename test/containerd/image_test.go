@@ -32,11 +32,11 @@ type testImage struct {
 	files  map[string]digest.Digest // what this platform unpacks to
 }
 
-// bigImage has about 30 MB of incompressible layers, one with more than one
-// chunk's worth for every worker of a parallel fetch. It is made once: tests
-// only read it.
+// bigImage has 22 MB of incompressible layers, one with more than one chunk's
+// worth for every worker of a parallel fetch. It is made once: tests only read
+// it.
 var bigImage = sync.OnceValues(func() (*testImage, error) {
-	return makeImage(12<<20, 18<<20)
+	return makeImage(8<<20, 14<<20)
 })
 
 // smallImage has the same shape as bigImage and about 1 MB.

@@ -16,6 +16,10 @@ import (
 var daemonPath string
 
 func TestMain(m *testing.M) {
+	if config := os.Getenv(cacheProcessVariable); config != "" {
+		fmt.Fprintln(os.Stderr, runCacheProcess(config))
+		os.Exit(1)
+	}
 	path, err := buildDaemon()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -2,6 +2,7 @@ package containerd
 
 import (
 	"bytes"
+	"encoding/pem"
 	"io"
 	"log"
 	"maps"
@@ -17,8 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// parent is the registry that images come from, on loopback over plain HTTP.
-// It counts what it is asked.
+// parent is the registry that images come from, on loopback. It counts what it
+// is asked.
 type parent struct {
 	host   string // host:port
 	server *httptest.Server
@@ -27,18 +28,25 @@ type parent struct {
 	requests []*http.Request
 }
 
-func startParent(t *testing.T) *parent {
+// startParent starts an empty parent, over plain HTTP or over TLS with a
+// certificate that no system trusts.
+func startParent(t *testing.T, overTLS bool) *parent {
 	t.Helper()
 	p := &parent{}
 	backend := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
-	p.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	p.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.mu.Lock()
 		p.requests = append(p.requests, r.Clone(r.Context()))
 		p.mu.Unlock()
 		serveRange(backend, w, r)
 	}))
+	if overTLS {
+		p.server.StartTLS()
+	} else {
+		p.server.Start()
+	}
 	t.Cleanup(p.stop)
-	p.host = strings.TrimPrefix(p.server.URL, "http://")
+	p.host = p.server.Listener.Addr().String()
 	return p
 }
 
@@ -62,6 +70,16 @@ func serveRange(backend http.Handler, w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(recorder.Body.Bytes()))
 }
 
+// certificate is the PEM of the certificate that the parent serves with and
+// that signs itself; nil over plain HTTP.
+func (p *parent) certificate() []byte {
+	certificate := p.server.Certificate()
+	if certificate == nil {
+		return nil
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Raw})
+}
+
 // stop makes the parent refuse connections. It may be called more than once.
 func (p *parent) stop() {
 	p.server.CloseClientConnections()
@@ -70,7 +88,9 @@ func (p *parent) stop() {
 
 func (p *parent) push(t *testing.T, repositoryTag string, image *testImage) {
 	t.Helper()
-	ref, err := name.ParseReference(p.host+"/"+repositoryTag, name.Insecure)
+	// go-containerregistry takes a loopback address for plain HTTP unless its
+	// transport says otherwise.
+	ref, err := name.ParseReference(p.host + "/" + repositoryTag)
 	if err != nil {
 		t.Fatal(err)
 	}
