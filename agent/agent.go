@@ -81,14 +81,16 @@ type Agent struct {
 }
 
 // New checks cfg. It touches nothing on the node.
-func New(cfg Config) (*Agent, error) { return newAgent(cfg, nil) }
+func New(cfg Config) (*Agent, error) { return newAgent(cfg, trust.StoreConfig{}) }
 
-func newAgent(cfg Config, beforeStep func(string)) (*Agent, error) {
+// newAgent takes what else a store can be told.
+func newAgent(cfg Config, tuning trust.StoreConfig) (*Agent, error) {
 	want, err := plan(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("node configuration: %w", err)
 	}
-	store, err := trust.NewStore(trust.StoreConfig{NodeRoot: cfg.NodeRoot, CertsDir: cfg.CertsDir, BeforeStep: beforeStep})
+	tuning.NodeRoot, tuning.CertsDir = cfg.NodeRoot, cfg.CertsDir
+	store, err := trust.NewStore(tuning)
 	if err != nil {
 		return nil, fmt.Errorf("node configuration: %w", err)
 	}
@@ -138,10 +140,13 @@ func logResult(log *slog.Logger, result trust.Result) {
 
 // Cleanup leaves the node as it was before the first Apply, from the record on
 // the node alone. It may be repeated, and finishes what a killed one began.
-func Cleanup(ctx context.Context, cfg CleanupConfig) error { return cleanup(ctx, cfg, nil) }
+func Cleanup(ctx context.Context, cfg CleanupConfig) error {
+	return cleanup(ctx, cfg, trust.StoreConfig{})
+}
 
-func cleanup(ctx context.Context, cfg CleanupConfig, beforeStep func(string)) error {
-	store, err := trust.NewStore(trust.StoreConfig{NodeRoot: cfg.NodeRoot, BeforeStep: beforeStep})
+func cleanup(ctx context.Context, cfg CleanupConfig, tuning trust.StoreConfig) error {
+	tuning.NodeRoot = cfg.NodeRoot
+	store, err := trust.NewStore(tuning)
 	if err != nil {
 		return err
 	}

@@ -553,7 +553,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		return func(before func(string)) error {
 			cfg := cfg
 			cfg.NodeRoot = root
-			a, err := newAgent(cfg, before)
+			a, err := newAgent(cfg, trust.StoreConfig{Grace: -1, BeforeStep: before})
 			if err != nil {
 				return err
 			}
@@ -563,7 +563,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	cleanUp := func(root string) func(func(string)) error {
 		return func(before func(string)) error {
-			return cleanup(t.Context(), CleanupConfig{NodeRoot: root}, before)
+			return cleanup(t.Context(), CleanupConfig{NodeRoot: root}, trust.StoreConfig{Grace: -1, BeforeStep: before})
 		}
 	}
 	const never = 1 << 30

@@ -77,7 +77,7 @@ func crashingApply(dir string, before func(string)) error {
 	if err != nil {
 		return err
 	}
-	s, err := NewStore(StoreConfig{NodeRoot: filepath.Join(dir, "root"), BeforeStep: before})
+	s, err := NewStore(StoreConfig{NodeRoot: filepath.Join(dir, "root"), Grace: -1, BeforeStep: before})
 	if err != nil {
 		return err
 	}

@@ -11,10 +11,15 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // DefaultCertsDir is where containerd's packages look for hosts directories.
 const DefaultCertsDir = "/etc/containerd/certs.d"
+
+// defaultGrace is far longer than containerd needs from reading a hosts.toml to
+// reading the CA files that it names.
+const defaultGrace = 100 * time.Millisecond
 
 // StoreConfig says where a node's file system is found.
 type StoreConfig struct {
@@ -23,6 +28,10 @@ type StoreConfig struct {
 	// CertsDir is containerd's hosts directory, inside NodeRoot. Empty:
 	// DefaultCertsDir. Cleanup does not need it.
 	CertsDir string
+	// Grace is waited between the moment when no hosts.toml names a CA file any
+	// more and its removal, for a containerd that has just read the old one.
+	// Zero: 100 ms. Negative: none.
+	Grace time.Duration
 	// BeforeStep, if set, is called ahead of every single change on disk with
 	// a description of it. Tests stop the process there.
 	BeforeStep func(step string)
@@ -122,6 +131,7 @@ const SystemTrustOwner = "system trust store"
 type Store struct {
 	nodeRoot string
 	certsDir string
+	grace    time.Duration
 	before   func(string)
 	rebuild  rebuilder
 
@@ -131,12 +141,15 @@ type Store struct {
 
 // NewStore checks cfg and touches nothing.
 func NewStore(cfg StoreConfig) (*Store, error) {
-	s := &Store{nodeRoot: cfg.NodeRoot, certsDir: cfg.CertsDir, before: cfg.BeforeStep, rebuild: rebuildOnNode}
+	s := &Store{nodeRoot: cfg.NodeRoot, certsDir: cfg.CertsDir, grace: cfg.Grace, before: cfg.BeforeStep, rebuild: rebuildOnNode}
 	if s.nodeRoot == "" {
 		s.nodeRoot = "/"
 	}
 	if s.certsDir == "" {
 		s.certsDir = DefaultCertsDir
+	}
+	if s.grace == 0 {
+		s.grace = defaultGrace
 	}
 	if slices.Contains(pathElements(s.certsDir), "..") || len(pathElements(s.certsDir)) == 0 || strings.ContainsRune(s.certsDir, 0) {
 		return nil, fmt.Errorf("hosts directory %q: give a path inside the node root, without \"..\"", s.certsDir)
@@ -222,6 +235,7 @@ type session struct {
 	recordName string
 	record     *record
 	rebuild    rebuilder
+	grace      time.Duration
 	nodeRoot   string
 	result     Result
 }
@@ -255,6 +269,7 @@ func (s *Store) begin(ctx context.Context, create bool) (run *session, done func
 	run = &session{
 		disk:     &disk{root: root, before: s.before},
 		rebuild:  s.rebuild,
+		grace:    s.grace,
 		nodeRoot: s.nodeRoot,
 	}
 	if create {
@@ -381,7 +396,7 @@ func (s *session) apply(ctx context.Context, want State) error {
 			return err
 		}
 	}
-	if err := s.undoExcept(plan.keeps); err != nil {
+	if err := s.undoExcept(ctx, plan.keeps); err != nil {
 		return err
 	}
 	if !want.HoldSystemTrust {

@@ -22,7 +22,7 @@ const certsDir = "/etc/containerd/certs.d"
 
 func newStore(t testing.TB, root string) *Store {
 	t.Helper()
-	s, err := NewStore(StoreConfig{NodeRoot: root})
+	s, err := NewStore(StoreConfig{NodeRoot: root, Grace: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +223,7 @@ func doState(t testing.TB, root string, want *State, step int) (wasKilled bool) 
 			}
 		}
 	}()
-	s, err := NewStore(StoreConfig{NodeRoot: root, BeforeStep: func(string) {
+	s, err := NewStore(StoreConfig{NodeRoot: root, Grace: -1, BeforeStep: func(string) {
 		if step == 0 {
 			panic(killed{})
 		}
@@ -355,6 +355,53 @@ func TestKillMinusNine(t *testing.T) {
 			return
 		}
 	}
+}
+
+// TestContainerdNeverFails reads as containerd does while a node is configured,
+// changed and cleaned up, over and over: no pull may fail, at no moment.
+func TestContainerdNeverFails(t *testing.T) {
+	root := t.TempDir()
+	certs := filepath.Join(root, certsDir)
+	writeTree(t, certs, map[string]string{
+		"gcr.io/x.crt":         string(newCA(t, "gcr").pem()),
+		"quay.io/hosts.toml":   operatorFile,
+		"others.io/hosts.toml": "",
+	})
+	a, b := newCA(t, "a"), newCA(t, "b")
+	states := []*State{new(testState(a, "docker.io", "gcr.io", "quay.io")), new(testState(b, "docker.io", "gcr.io")), nil, new(testState(b, "quay.io")), nil}
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for _, registry := range []string{"10.0.0.10:5000", "docker.io", "gcr.io", "quay.io"} {
+		wg.Go(func() {
+			for {
+				if _, err := containerdTries(t, certs, registry); err != nil {
+					t.Errorf("%s: %v", registry, err)
+					return
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	s, err := NewStore(StoreConfig{NodeRoot: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 15 {
+		if want := states[i%len(states)]; want != nil {
+			_, err = s.Apply(t.Context(), *want)
+		} else {
+			_, err = s.Cleanup(t.Context())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	wg.Wait()
 }
 
 func TestDrift(t *testing.T) {

@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // cleanup undoes the whole record. Until its last step the record stays, so a
@@ -20,7 +22,7 @@ func (s *session) cleanup(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := s.undoExcept(func(*recordedFile) bool { return false }); err != nil {
+	if err := s.undoExcept(ctx, func(*recordedFile) bool { return false }); err != nil {
 		return err
 	}
 	if err := s.rebuildSystemTrust(ctx, nil); err != nil {
@@ -30,19 +32,30 @@ func (s *session) cleanup(ctx context.Context) error {
 }
 
 // undoExcept undoes the recorded files that keep does not claim, and the
-// directories that were created for them.
-func (s *session) undoExcept(keep func(*recordedFile) bool) error {
+// directories that were created for them. First no hosts.toml names them any
+// more, then, after the grace, they go.
+func (s *session) undoExcept(ctx context.Context, keep func(*recordedFile) bool) error {
 	byDir := make(map[string][]*recordedFile)
-	var dirs []string
 	for _, f := range s.record.Files {
-		if keep(f) {
-			continue
+		if !keep(f) {
+			byDir[path.Dir(f.Path)] = append(byDir[path.Dir(f.Path)], f)
 		}
-		dir := path.Dir(f.Path)
-		if byDir[dir] == nil {
-			dirs = append(dirs, dir)
+	}
+	dirs := slices.SortedFunc(maps.Keys(byDir), comparePaths)
+	waits := false
+	for _, dir := range dirs {
+		loosened, err := s.loosen(dir, byDir)
+		if err != nil {
+			return err
 		}
-		byDir[dir] = append(byDir[dir], f)
+		waits = waits || loosened
+	}
+	if waits {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(s.grace):
+		}
 	}
 	for _, dir := range dirs {
 		if err := s.undoDirectory(dir, byDir[dir]); err != nil {
@@ -52,6 +65,40 @@ func (s *session) undoExcept(keep func(*recordedFile) bool) error {
 	return s.removeEmptyDirectories()
 }
 
+// loosen makes the hosts.toml in dir name none of the files that are to go, and
+// reports whether any of them may have been named just before.
+func (s *session) loosen(dir string, byDir map[string][]*recordedFile) (loosened bool, err error) {
+	files := byDir[dir]
+	if files[0].Owner == SystemTrustOwner {
+		return false, nil
+	}
+	if !s.isWhollyOurs(dir, files) {
+		for i, f := range files {
+			if path.Base(f.Path) == hostsFile {
+				byDir[dir] = slices.Delete(files, i, i+1)
+				return true, s.undoAndDrop(f)
+			}
+		}
+		return true, nil
+	}
+	// The directory will go as a whole, and with it the CA from under a
+	// hosts.toml that containerd has just read. If nothing takes its place,
+	// the same can be said without a CA before; only a _default cannot.
+	fallback := path.Join(path.Dir(dir), DefaultHost)
+	if _, goes := byDir[fallback]; !goes || !s.record.created(fallback) {
+		if _, err := s.root.Lstat(fallback); !errors.Is(err, fs.ErrNotExist) {
+			return false, err
+		}
+	}
+	for _, f := range files {
+		if path.Base(f.Path) == hostsFile {
+			return s.disk.write(f.Path, []byte(header+"\n[host]\n"), 0o644)
+		}
+	}
+	return false, nil
+}
+
+// undoDirectory undoes files after loosen.
 func (s *session) undoDirectory(dir string, files []*recordedFile) error {
 	if s.isWhollyOurs(dir, files) {
 		retired, err := s.retire(dir, func() bool { return s.isWhollyOurs(dir, files) })
@@ -66,24 +113,12 @@ func (s *session) undoDirectory(dir string, files []*recordedFile) error {
 			return nil
 		}
 	}
-	// hosts.toml first: no CA may go while a hosts.toml names it.
-	slices.SortStableFunc(files, func(a, b *recordedFile) int {
-		return boolOrder(path.Base(a.Path) != hostsFile) - boolOrder(path.Base(b.Path) != hostsFile)
-	})
 	for _, f := range files {
-		if err := s.undo(f); err != nil {
+		if err := s.undoAndDrop(f); err != nil {
 			return err
 		}
-		s.record.drop(f.Path)
 	}
 	return nil
-}
-
-func boolOrder(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 // isWhollyOurs reports whether a directory was created by us and holds nothing
@@ -131,6 +166,14 @@ func (d *disk) retire(dir string, still func() bool) (retired bool, err error) {
 	}
 	d.step("remove what was %s", dir)
 	return true, d.root.RemoveAll(temp)
+}
+
+func (s *session) undoAndDrop(f *recordedFile) error {
+	if err := s.undo(f); err != nil {
+		return err
+	}
+	s.record.drop(f.Path)
+	return nil
 }
 
 // undo puts back what stood at a file's place.
