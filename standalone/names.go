@@ -97,7 +97,7 @@ func mirrors(r *v1alpha1.ConnectedRegistry, p *parent) []agent.Mirror {
 			TagsUpstream: m.ResolveTags != nil && !*m.ResolveTags,
 			NoFallback:   m.Fallback != nil && !*m.Fallback,
 		}
-		if p != nil && m.Registry == p.namespace {
+		if p != nil && m.Registry == p.namespace && !mirror.NoFallback {
 			mirror.Server, mirror.ServerCA = p.server, p.ca
 		}
 		all = append(all, mirror)

@@ -136,7 +136,7 @@ func (s *Standalone) Close() {
 		l.Close() // closed already by the part that served on it, if that ran
 	}
 	if s.store != nil {
-		s.store.Close()
+		_ = s.store.Close() // never fails
 	}
 	if s.unlock != nil {
 		s.unlock()
@@ -261,6 +261,8 @@ func (s *Standalone) openCache(c Config, p *parent) error {
 	registries := map[string]cache.Registry{
 		s.LoginServer: {Upstreams: []cache.Upstream{central}},
 	}
+	// Credentials that a client has for another registry are not ours to see.
+	central.WithoutCredentials = true
 	for _, m := range mirrors(c.Resource, p) {
 		registries[m.Registry] = cache.Registry{Upstreams: []cache.Upstream{central}, TagsUpstream: m.TagsUpstream}
 	}

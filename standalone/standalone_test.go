@@ -242,7 +242,7 @@ func TestMirrors(t *testing.T) {
 	r = load(t, "  parent: {endpoint: registry.example.com}\n  mirrors: [{registry: ghcr.io, resolveTags: false}, {registry: registry.example.com, fallback: false}]\n")
 	want = []agent.Mirror{
 		{Registry: "ghcr.io", TagsUpstream: true},
-		{Registry: "registry.example.com", Server: "https://registry.example.com", NoFallback: true},
+		{Registry: "registry.example.com", NoFallback: true},
 	}
 	if diff := cmp.Diff(want, mirrors(r, p), ignoreCA); diff != "" {
 		t.Error(diff)

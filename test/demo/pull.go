@@ -219,7 +219,7 @@ func (t *recordingTransport) RoundTrip(req *http.Request) (*http.Response, error
 	}
 	d, err := digest.Parse(req.URL.Path[strings.LastIndex(req.URL.Path, "/")+1:])
 	if err != nil {
-		return resp, nil // the last element is a tag: no content is counted for it
+		return resp, nil //nolint:nilerr // the last element is a tag: no content is counted for it
 	}
 	t.seen.answered(d, req.URL.Host, resp.Header.Get("Cache-Status"))
 	return resp, nil
