@@ -97,11 +97,8 @@ func New(ctx context.Context, config Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := prepare(ctx, config.Log); err != nil {
-		return nil, err
-	}
 	s := store{config.Dir}
-	built, err := build(ctx, config.Log, s.programs())
+	built, err := prepareAndBuild(ctx, config)
 	if err != nil {
 		return nil, err
 	}
@@ -114,6 +111,24 @@ func New(ctx context.Context, config Config) (*Cluster, error) {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
+}
+
+// Build installs and compiles what New needs, and starts nothing. The first
+// time takes minutes, more than a test is given: run it before.
+func Build(ctx context.Context, config Config) error {
+	config, err := config.withDefaults()
+	if err != nil {
+		return err
+	}
+	_, err = prepareAndBuild(ctx, config)
+	return err
+}
+
+func prepareAndBuild(ctx context.Context, config Config) (programs, error) {
+	if err := prepare(ctx, config.Log); err != nil {
+		return nil, err
+	}
+	return build(ctx, config.Log, store{config.Dir}.programs())
 }
 
 // Open finds a cluster that was left running by Detach. Close ends it all the

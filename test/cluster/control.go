@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -35,6 +36,11 @@ func (c *Cluster) start(ctx context.Context, config Config) error {
 	}
 	for _, n := range c.nodes {
 		if err := n.waitReady(ctx); err != nil {
+			return err
+		}
+	}
+	if config.Nodes > 0 {
+		if err := c.waitServices(ctx); err != nil {
 			return err
 		}
 	}
@@ -109,6 +115,18 @@ func (c *Cluster) startControlServices(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// waitServices returns when the host reaches services.
+func (c *Cluster) waitServices(ctx context.Context) error {
+	return c.poll(ctx, controlPlane, "kube-proxy", func(ctx context.Context) error {
+		d := net.Dialer{Timeout: time.Second}
+		conn, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(c.net.apiService(), 443).String())
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
 }
 
 // server is the address of the API server.
@@ -190,7 +208,10 @@ func (c *Cluster) controlServices(all bool) []machine.Service {
 		service("kubernetes", "kube-scheduler",
 			"--kubeconfig="+pki("scheduler", "conf"), "--bind-address=127.0.0.1", "--leader-elect=false",
 		),
-		service("kubernetes", "kube-proxy", proxyArgs(c.net, pki("proxy", "conf"), controlPlane)...),
+		// kube-proxy wants to see the node whose name it has, and there is
+		// none of this machine's, so it goes by the first node's.
+		service("kubernetes", "kube-proxy", append(proxyArgs(c.net, pki("proxy", "conf"), nodeName(1)),
+			"--bind-address="+c.net.control().String())...),
 		service("addons", "coredns", "-conf", c.path("Corefile")),
 		service("machine", "machine", "provision",
 			"-server="+c.server(), "-ca="+pki("ca", "crt"), "-cert="+pki("admin", "crt"), "-key="+pki("admin", "key"),
@@ -207,9 +228,9 @@ func (c *Cluster) controlServices(all bool) []machine.Service {
 
 // proxyArgs are the arguments of kube-proxy. The kernel's limits on tracked
 // connections are the host's and stay as they are.
-func proxyArgs(n network, kubeconfig, name string) []string {
+func proxyArgs(n network, kubeconfig, node string) []string {
 	return []string{
-		"--kubeconfig=" + kubeconfig, "--hostname-override=" + name, "--cluster-cidr=" + n.pods().String(),
+		"--kubeconfig=" + kubeconfig, "--hostname-override=" + node, "--cluster-cidr=" + n.pods().String(),
 		"--proxy-mode=iptables", "--conntrack-max-per-core=0", "--conntrack-min=0",
 		"--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256",
 	}

@@ -153,7 +153,7 @@ func (n network) connectHost(ctx context.Context, control int) error {
 // pods, and it the way to theirs. peers are the process and number of the nodes
 // that run.
 func (n network) connectNode(ctx context.Context, control, node, number int, peers map[int]int) error {
-	port := fmt.Sprintf("node%d", number)
+	port := nodeName(number)
 	if err := ip(ctx, control, fmt.Sprintf("link add %s type veth peer name eth0 netns %d", port, node)); err != nil {
 		return err
 	}

@@ -34,6 +34,8 @@ type Node struct {
 	booted  time.Time // guarded by cluster.mu
 }
 
+func nodeName(number int) string { return fmt.Sprintf("node%d", number) }
+
 // Name is the node's name in the cluster, and its host name.
 func (n *Node) Name() string { return n.name }
 
@@ -98,7 +100,8 @@ func (n *Node) StartService(ctx context.Context, name string) error {
 func (n *Node) manager() machine.Client { return n.cluster.manager(n.name) }
 
 // AddNode adds a node and returns when it is ready. It has the images that
-// were loaded before.
+// were loaded before. A node that does not come up stays in the cluster, for
+// its logs.
 func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	c.mu.Lock()
 	n, err := c.addNode(ctx)
@@ -114,7 +117,7 @@ func (c *Cluster) addNode(ctx context.Context) (*Node, error) {
 	if number > maxNodes {
 		return nil, fmt.Errorf("the cluster has %d nodes already", maxNodes)
 	}
-	n := &Node{cluster: c, name: fmt.Sprintf("node%d", number), number: number}
+	n := &Node{cluster: c, name: nodeName(number), number: number}
 	c.state.Machines = append(c.state.Machines, machineState{Name: n.name, Number: number})
 	if err := c.store.write(c.state); err != nil {
 		return nil, err
@@ -144,7 +147,7 @@ func (c *Cluster) StopNode(ctx context.Context, n *Node) error {
 	}
 	// The kernel removes the node's port in its own time, and the next start
 	// needs the name.
-	port := fmt.Sprintf("node%d", n.number)
+	port := n.name
 	control := c.machine(0).Process.PID
 	if err := ip(ctx, control, "link show "+port); err == nil {
 		if err := ip(ctx, control, "link del "+port); err != nil && ip(ctx, control, "link show "+port) == nil {
@@ -354,7 +357,7 @@ func (n *Node) hosts() string {
 	var b strings.Builder
 	b.WriteString("127.0.0.1 localhost\n")
 	for number := 1; number <= maxNodes; number++ {
-		fmt.Fprintf(&b, "%s node%d\n", n.cluster.net.node(number), number)
+		fmt.Fprintf(&b, "%s %s\n", n.cluster.net.node(number), nodeName(number))
 	}
 	return b.String()
 }
@@ -470,9 +473,25 @@ func (n *Node) startServices(ctx context.Context) error {
 	return nil
 }
 
-// waitReady returns when the API server calls the node ready, on word from
-// this start of its kubelet rather than from an earlier one.
+// waitReady returns when the API server calls the node ready and services can
+// be reached on it.
 func (n *Node) waitReady(ctx context.Context) error {
+	if err := n.waitKubelet(ctx); err != nil {
+		return err
+	}
+	api := fmt.Sprintf("/dev/tcp/%s/443", n.cluster.net.apiService())
+	return n.cluster.poll(ctx, n.name, "kube-proxy", func(ctx context.Context) error {
+		_, err := n.Run(ctx, "timeout", "1", "bash", "-c", "<"+api)
+		return err
+	})
+}
+
+// waitKubelet returns when the API server calls the node ready, on word from
+// this start of its kubelet rather than from an earlier one.
+func (n *Node) waitKubelet(ctx context.Context) error {
+	n.cluster.mu.Lock()
+	booted := n.booted
+	n.cluster.mu.Unlock()
 	const ready = `.status.conditions[?(@.type=="Ready")]`
 	return n.cluster.poll(ctx, n.name, "kubelet", func(ctx context.Context) error {
 		out, err := n.cluster.Kubectl(ctx, "get", "node", n.name, "-o",
@@ -486,7 +505,7 @@ func (n *Node) waitReady(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("no word from the kubelet yet: %w", err)
 		}
-		if at.Before(n.booted) || status != "True" {
+		if at.Before(booted) || status != "True" {
 			return fmt.Errorf("not ready: %s", message)
 		}
 		return nil

@@ -16,8 +16,9 @@ import (
 	"github.com/connected-registry/connected-registry/test/cluster"
 )
 
-const usage = `usage: cluster [flags] up | down | status | add-node | load IMAGE.tar
+const usage = `usage: cluster [flags] build | up | down | status | add-node | load IMAGE.tar
 
+  build     compile what a cluster is made of, which up does by itself
   up        start a cluster and leave it running
   down      end it, and clean up after others that were cut off
   status    show the machines and their services
@@ -54,6 +55,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	switch flags.Arg(0) {
+	case "build":
+		return cluster.Build(ctx, config)
 	case "up":
 		return up(ctx, config, stdout)
 	case "down":
