@@ -3,6 +3,7 @@ package cache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -20,7 +21,7 @@ type request struct {
 	auth     string // Authorization, as it came
 	accept   string
 	via      string // for upstreams
-	bad      *recent[served]
+	faults   *faults
 
 	reader factKey // "this credential may read this repository"
 	member factKey // "this content is of this repository"
@@ -40,7 +41,7 @@ func (rq *request) question(method string) question {
 		accept: rq.accept, auth: rq.auth, via: rq.via,
 	}
 	if rq.digest != "" {
-		q.not = func(up *upstream) bool { return rq.bad.has(served{up, rq.digest}) }
+		q.avoid = func(up *upstream) *unavailable { return rq.faults.avoid(up, rq.digest) }
 	}
 	return q
 }
@@ -187,8 +188,32 @@ func (r *recent[K]) has(k K) bool {
 	return time.Now().Before(r.until[k])
 }
 
+// faults remembers what upstreams did wrong with single digests.
+type faults struct {
+	wrong recent[served] // served wrong bytes
+	stuck recent[served] // stalled
+}
+
 // served is a digest that an upstream served, any if it is empty.
 type served struct {
 	upstream *upstream
 	digest   digest.Digest
+}
+
+// avoid returns why up should not be asked for d now, nil if it should.
+func (f *faults) avoid(up *upstream, d digest.Digest) *unavailable {
+	switch {
+	case f.wrong.has(served{up, d}):
+		return &unavailable{"bad-content", fmt.Errorf("%s served wrong bytes for this digest", up.base.Host)}
+	case f.stuck.has(served{up, d}):
+		return &unavailable{"stalled", fmt.Errorf("%s stalled on this digest a moment ago", up.base.Host)}
+	default:
+		return nil
+	}
+}
+
+// distrust remembers that up served wrong bytes for d.
+func (f *faults) distrust(up *upstream, d digest.Digest) {
+	f.wrong.add(served{up, d}, badContentMemory)
+	f.wrong.add(served{upstream: up}, badContentMemory)
 }

@@ -92,7 +92,7 @@ func TestJoinsOnlyWithPermission(t *testing.T) {
 		}
 		return serve(w, r)
 	})
-	n := start(t, Config{Registries: upstreams(o.URL), Timeouts: patient})
+	n := start(t, Config{Registries: upstreams(o.URL)})
 	first, second := make(chan reply), make(chan reply)
 	go func() { first <- n.get(blobURL("app", d), "Authorization", "Basic alice") }()
 	n.await(func() bool { return o.count("GET") == 1 })
@@ -122,7 +122,7 @@ func TestRefusedStarterDoesNotHarmOthers(t *testing.T) {
 		w.WriteHeader(http.StatusForbidden)
 		return true
 	})
-	n := start(t, Config{Registries: upstreams(o.URL), Timeouts: patient})
+	n := start(t, Config{Registries: upstreams(o.URL)})
 	denied, allowed := make(chan reply), make(chan reply)
 	go func() { denied <- n.get(blobURL("app", d)) }()
 	n.await(func() bool { return o.count("GET") == 1 })
@@ -310,28 +310,6 @@ func TestTagsOffline(t *testing.T) {
 	want(get(), 404, "fwd=miss; fwd-status=404", "")
 	o.setFront(answering(500))
 	want(get(), 502, "fwd=miss; detail=unreachable", "")
-}
-
-// TestTagDeadline checks that a registry that hangs costs a tag no more than
-// its deadline.
-func TestTagDeadline(t *testing.T) {
-	o := newOrigin(t)
-	o.manifest("app", "v1", testManifest())
-	timeouts := patient
-	timeouts.Tag = 100 * time.Millisecond
-	timeouts.Retry = time.Nanosecond
-	n := start(t, Config{Registries: upstreams(o.URL), Timeouts: timeouts})
-	n.get(manifestURL("app", "v1"))
-	o.setFront(func(w http.ResponseWriter, r *http.Request) bool {
-		<-r.Context().Done()
-		return true
-	})
-	for range 3 {
-		r := n.get(manifestURL("app", "v1"))
-		if r.status != 200 || r.cache() != "hit; detail=stale-tag" || r.took > 2*time.Second {
-			t.Errorf("%d %s after %s", r.status, r.cache(), r.took)
-		}
-	}
 }
 
 // TestTagOf404AndSilence has one replica that lacks the tag and one that does

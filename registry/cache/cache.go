@@ -31,7 +31,7 @@ type Cache struct {
 	registries atomic.Pointer[map[string]*registry]
 	disk       atomic.Pointer[disk] // nil while not running
 	manifests  manifestCache
-	bad        recent[served]        // wrong bytes
+	faults     faults
 	noRoom     recent[digest.Digest] // blobs that could not be stored
 	once       singleflight.Group
 

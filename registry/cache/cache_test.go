@@ -175,11 +175,11 @@ type node struct {
 	stop   func()
 }
 
-// fastTimeouts are short enough for tests of what is slow, and long enough for
-// everything else on a busy machine.
-var fastTimeouts = Timeouts{
-	Dial: 2 * time.Second, Headers: 2 * time.Second, Tag: time.Second,
-	Stall: 300 * time.Millisecond, MinRate: 1024, Unread: time.Minute, Retry: time.Minute,
+// patient are the timeouts of tests over a real network: nothing that works
+// runs into them on a busy machine. What does is tested on a clock of its own.
+var patient = Timeouts{
+	Dial: 30 * time.Second, Headers: 30 * time.Second, Tag: 30 * time.Second, Stall: 30 * time.Second,
+	MinRate: 1, Unread: time.Minute, Retry: time.Second,
 }
 
 func upstreams(urls ...string) map[string]Registry {
@@ -202,7 +202,7 @@ func start(t testing.TB, cfg Config) *node {
 		cfg.Logger = quiet()
 	}
 	if cfg.Timeouts == (Timeouts{}) {
-		cfg.Timeouts = fastTimeouts
+		cfg.Timeouts = patient
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -336,9 +336,6 @@ func (n *node) wantRefused(r reply, status int, cacheStatus string) {
 	}
 	if r.cache() != cacheStatus {
 		n.t.Errorf("Cache-Status %q, want %q", r.cache(), cacheStatus)
-	}
-	if r.took > 3*time.Second {
-		n.t.Errorf("it took %s", r.took)
 	}
 }
 

@@ -114,7 +114,8 @@ type Timeouts struct {
 	Tag time.Duration
 
 	// Stall is the time in which a body must bring Stall × MinRate bytes, or
-	// its upstream is given up. 0: 2 seconds.
+	// its upstream is given up. It should be less than Headers, so that a body
+	// that never begins is refused within that. 0: 1.5 seconds.
 	Stall time.Duration
 
 	// MinRate is in bytes per second. 0: 4096.
@@ -143,7 +144,7 @@ func (cfg Config) withDefaults() Config {
 	def(&t.Dial, time.Second)
 	def(&t.Headers, 2*time.Second)
 	def(&t.Tag, time.Second)
-	def(&t.Stall, 2*time.Second)
+	def(&t.Stall, 1500*time.Millisecond)
 	def(&t.Unread, 5*time.Minute)
 	def(&t.Retry, 5*time.Second)
 	if t.MinRate == 0 {

@@ -52,7 +52,7 @@ func TestWriteErrorMidway(t *testing.T) {
 	d := o.blob("app", body)
 	g := newGate(6 << 20)
 	o.setFront(g.serve(body))
-	n := start(t, Config{Registries: upstreams(o.URL), Timeouts: patient})
+	n := start(t, Config{Registries: upstreams(o.URL)})
 	done := make(chan reply)
 	go func() { done <- n.get(blobURL("app", d)) }()
 	n.await(func() bool {

@@ -111,8 +111,6 @@ func TestFaultFallsThrough(t *testing.T) {
 		cache  string
 	}{
 		{name: "refused", url: refusing(t), status: 502},
-		{name: "no answer", url: "http://" + silent(t), status: 502},
-		{name: "no TLS handshake", url: "https://" + silent(t), status: 502},
 		{name: "unknown authority", url: selfSigned.URL, status: 502},
 		{name: "plain HTTP behind https", url: strings.Replace(plain.URL, "http:", "https:", 1), status: 502},
 		{name: "500", front: answering(500), status: 502},
@@ -124,23 +122,6 @@ func TestFaultFallsThrough(t *testing.T) {
 		{name: "404", front: answering(404), status: 404, cache: "fwd=miss; fwd-status=404"},
 		{name: "403", front: answering(403), status: 403, cache: "fwd=miss; fwd-status=403"},
 		{name: "401", front: answering(401, "Www-Authenticate", `Bearer realm="http://x/token"`), status: 401, cache: "fwd=miss; fwd-status=401"},
-		{name: "stalled headers", front: func(w http.ResponseWriter, r *http.Request) bool {
-			<-r.Context().Done()
-			return true
-		}, status: 502},
-		{name: "stalled body", front: breaking(body, 1000, func(c net.Conn) {
-			io.Copy(io.Discard, c) // until the cache gives up
-			c.Close()
-		}), status: 502},
-		{name: "trickling body", front: breaking(body, 1, func(c net.Conn) {
-			for {
-				if _, err := c.Write([]byte{0}); err != nil {
-					c.Close()
-					return
-				}
-				time.Sleep(20 * time.Millisecond)
-			}
-		}), status: 502},
 		{name: "reset mid-body", front: breaking(body, 1000, reset), status: 502},
 		{name: "short body", front: breaking(body, 1000, fin), status: 502},
 		{name: "wrong bytes", front: func(w http.ResponseWriter, r *http.Request) bool {
@@ -173,9 +154,7 @@ func TestFaultFallsThrough(t *testing.T) {
 					o.setFront(tt.front)
 					url = o.URL
 				}
-				timeouts := fastTimeouts
-				timeouts.Headers = time.Second
-				n := start(t, Config{Registries: upstreams(url), Timeouts: timeouts})
+				n := start(t, Config{Registries: upstreams(url)})
 				path := map[string]string{
 					"blob": blobURL("app", d), "manifest": manifestURL("app", d.String()), "tag": manifestURL("app", "v1"),
 				}[kind]
@@ -209,35 +188,16 @@ func TestFaultFallsThrough(t *testing.T) {
 	}
 }
 
-// TestSilentUpstreamCostsOnce checks that only the first request waits.
-func TestSilentUpstreamCostsOnce(t *testing.T) {
-	timeouts := fastTimeouts
-	timeouts.Headers = 200 * time.Millisecond
-	n := start(t, Config{Registries: upstreams("http://" + silent(t)), Timeouts: timeouts})
-	for i := range 20 {
-		r := n.get(blobURL("app", digest.FromString(strconv.Itoa(i))))
-		n.wantRefused(r, 502, "fwd=miss; detail=unreachable")
-		if i > 0 && r.took > 100*time.Millisecond {
-			t.Fatalf("request %d waited %s", i, r.took)
-		}
-	}
-}
-
 // TestGoesOnWithTheNextUpstream breaks the first of two upstreams, in every way,
 // at several places of a large blob.
 func TestGoesOnWithTheNextUpstream(t *testing.T) {
 	body := random(9<<20, 5)
-	stall := func(c net.Conn) {
-		io.Copy(io.Discard, c)
-		c.Close()
-	}
 	for _, tt := range []struct {
 		name  string
 		front func(http.ResponseWriter, *http.Request) bool
 		url   string
 	}{
 		{name: "refused", url: refusing(t)},
-		{name: "silent", url: "http://" + silent(t)},
 		{name: "404", front: answering(404)},
 		{name: "403", front: answering(403)},
 		{name: "500", front: answering(500)},
@@ -247,8 +207,6 @@ func TestGoesOnWithTheNextUpstream(t *testing.T) {
 		{name: "reset before the end", front: breaking(body, len(body)-1, reset)},
 		{name: "short at the start", front: breaking(body, 0, fin)},
 		{name: "short in the middle", front: breaking(body, 5<<20, fin)},
-		{name: "stalled at the start", front: breaking(body, 0, stall)},
-		{name: "stalled in the middle", front: breaking(body, 5<<20, stall)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -262,9 +220,6 @@ func TestGoesOnWithTheNextUpstream(t *testing.T) {
 			n := start(t, Config{Registries: upstreams(url, second.URL)})
 			r := n.get(blobURL("app", d))
 			n.wantBlob(r, body, "fwd=miss; stored")
-			if r.took > 3*time.Second {
-				t.Errorf("it took %s", r.took)
-			}
 			n.settled()
 			if !n.stored(d) {
 				t.Error("not stored")
@@ -362,38 +317,6 @@ func TestWrongBytesThenNextUpstream(t *testing.T) {
 			t.Errorf("manifest: %d", r.status)
 		}
 	}
-}
-
-// TestStalledLargeBody checks what a client has when the only upstream stalls.
-func TestStalledLargeBody(t *testing.T) {
-	body := random(9<<20, 10)
-	o := newOrigin(t)
-	d := o.blob("app", body)
-	o.setFront(breaking(body, 6<<20, func(c net.Conn) {
-		io.Copy(io.Discard, c)
-		c.Close()
-	}))
-	n := start(t, Config{Registries: upstreams(o.URL)})
-	began := time.Now()
-	head, got, err := rawGet(t, n, blobURL("app", d), "")
-	if err != nil || !strings.HasPrefix(head, "HTTP/1.1 200") || !bytes.Equal(got, body[:len(got)]) || len(got) < 5<<20 || len(got) == len(body) {
-		t.Errorf("%d bytes, error %v: %s", len(got), err, head)
-	}
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("it took %s", took)
-	}
-	n.settled()
-	o.setFront(nil)
-	o.forget()
-	rest := n.get(blobURL("app", d), "Range", "bytes="+strconv.Itoa(len(got))+"-")
-	if rest.status != 206 || rest.err != nil || !bytes.Equal(rest.body, body[len(got):]) {
-		t.Errorf("the rest: %d, %d bytes, %v", rest.status, len(rest.body), rest.err)
-	}
-	if len(o.ranges) != 1 || o.ranges[0] != "bytes=6291456-" {
-		t.Errorf("what was on disk was fetched again: %q", o.ranges)
-	}
-	n.settled()
-	n.wantBlob(n.get(blobURL("app", d)), body, "hit")
 }
 
 // TestRedirectKeepsCredentials checks that Authorization stays with the server

@@ -200,7 +200,8 @@ func (c *Cache) joinFill(d digest.Digest) *fill {
 }
 
 // startFill begins the download that rq asks for, or joins one: started tells
-// which. The caller leaves it when done.
+// which. The caller leaves it when done. The error is errAgain when a download
+// has just ended and the blob is in the store.
 func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -211,6 +212,9 @@ func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
 	}
 	if c.stopping {
 		return nil, false, refuse(http.StatusServiceUnavailable, "stopping", errShutdown.Error())
+	}
+	if rq.disk.store.has(d) {
+		return nil, false, errAgain
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f = newFill(d, rq.disk.store.partialPath(d), cancel)
@@ -258,7 +262,7 @@ func (c *Cache) download(ctx context.Context, f *fill, rq *request) {
 		c.log.Warn("an upstream served wrong bytes; they were not kept", "registry", rq.registry.host,
 			"repository", rq.repo, "digest", f.digest, "upstream", src.names())
 		for _, up := range src.used {
-			c.distrust(up, f.digest)
+			c.faults.distrust(up, f.digest)
 		}
 		p.abandon()
 		c.endFill(f)
@@ -297,7 +301,7 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 	}
 	f.update(func() {
 		f.known, f.size, f.written = true, src.size, p.offset
-		f.distrust = c.bad.has(served{upstream: src.used[0]})
+		f.distrust = c.faults.wrong.has(served{upstream: src.used[0]})
 	})
 	return src, p, nil
 }
@@ -340,12 +344,6 @@ func (c *Cache) finish(f *fill, p *partial) {
 	}
 	c.endFill(f)
 	f.update(func() { f.state = finished })
-}
-
-// distrust remembers that up served wrong bytes for d.
-func (c *Cache) distrust(up *upstream, d digest.Digest) {
-	c.bad.add(served{up, d}, badContentMemory)
-	c.bad.add(served{upstream: up}, badContentMemory)
 }
 
 // storeError reports that the disk, not the upstream, failed.

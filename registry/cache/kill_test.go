@@ -30,7 +30,7 @@ func runProcess() error {
 	}
 	c, err := New(Config{
 		Dir: os.Getenv(processDir), Registries: upstreams(os.Getenv(processURL)),
-		Listener: l, Logger: quiet(), Timeouts: fastTimeouts,
+		Listener: l, Logger: quiet(), Timeouts: patient,
 	})
 	if err != nil {
 		return err

@@ -25,6 +25,9 @@ const (
 	// fillChunk is read, hashed and written at a time.
 	fillChunk = 256 << 10
 
+	// stallMargin is how long after a stall its consequences are waited for.
+	stallMargin = 100 * time.Millisecond
+
 	// maxBreaks is how often the download of a blob may break off and still go
 	// on with the next upstream.
 	maxBreaks = 16

@@ -173,7 +173,7 @@ func (c *Cache) readManifest(rq *request, ans *answer) (*manifest, error) {
 	}
 	if m.digest.Algorithm().FromBytes(body) != m.digest || m.mediaType == "" {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
-		c.distrust(ans.upstream, m.digest)
+		c.faults.distrust(ans.upstream, m.digest)
 		c.log.Warn("an upstream served wrong bytes; they were not kept", "registry", rq.registry.host,
 			"repository", rq.repo, "digest", m.digest, "upstream", host)
 		return nil, &unavailable{"bad-content", fmt.Errorf("%s: %w", host, errBadContent)}

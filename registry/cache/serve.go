@@ -146,7 +146,7 @@ func (c *Cache) registryFor(ns string) (*registry, error) {
 func (c *Cache) newRequest(rt route, reg *registry, r *http.Request) *request {
 	d := c.disk.Load()
 	rq := &request{
-		route: rt, registry: reg, disk: d, bad: &c.bad,
+		route: rt, registry: reg, disk: d, faults: &c.faults,
 		auth:   r.Header.Get("Authorization"),
 		accept: strings.Join(r.Header.Values("Accept"), ", "),
 		via:    strings.Join(append(r.Header.Values("Via"), "1.1 "+c.pseudonym), ", "),
@@ -335,8 +335,9 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 		return outOfRange(w, size)
 	}
 	// Once headers are out, a download that brings nothing would have containerd
-	// come back here until it gives up.
-	if err := f.awaitStart(ctx, s.start, c.cfg.Timeouts.Headers-time.Since(began)); err != nil {
+	// come back here until it gives up: so wait until a stall would have shown.
+	patience := max(c.cfg.Timeouts.Headers-time.Since(began), c.cfg.Timeouts.Stall+stallMargin)
+	if err := f.awaitStart(ctx, s.start, patience); err != nil {
 		return c.fillFailed(w, r, rq, err, started)
 	}
 	file, err := f.open()
@@ -451,7 +452,7 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 	c.metrics.served.WithLabelValues(how.source).Add(float64(out.sent))
 	if errors.Is(err, errBadContent) {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
-		c.distrust(ans.upstream, rq.digest)
+		c.faults.distrust(ans.upstream, rq.digest)
 		c.log.Warn("an upstream served wrong bytes", "registry", rq.registry.host,
 			"repository", rq.repo, "digest", rq.digest, "upstream", ans.upstream.base.Host)
 	}
@@ -515,7 +516,7 @@ func (v *verifiedWriter) right() bool {
 // "Listing Referrers").
 func (c *Cache) serveReferrers(w http.ResponseWriter, r *http.Request, rq *request) error {
 	q := rq.question(r.Method)
-	q.not = nil
+	q.avoid = nil
 	ans, err := c.asker.ask(r.Context(), rq.registry, q, 0, c.cfg.Timeouts.Headers)
 	if err != nil {
 		return err

@@ -114,6 +114,7 @@ func (s *source) broke(ctx context.Context, err error) error {
 	cause, stalled := "broken", errors.Is(err, errStalled)
 	if stalled {
 		cause = "stalled"
+		s.cache.faults.stuck.add(served{up, s.rq.digest}, s.cache.cfg.Timeouts.Retry)
 	}
 	s.cache.metrics.failures.WithLabelValues(s.rq.registry.host, cause).Inc()
 	s.failures++

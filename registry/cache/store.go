@@ -143,6 +143,12 @@ func (s *store) open(ctx context.Context, d digest.Digest, patience time.Duratio
 	}
 }
 
+// has reports whether there is a file for d, right or not.
+func (s *store) has(d digest.Digest) bool {
+	_, err := os.Lstat(s.blobPath(d))
+	return err == nil
+}
+
 // doubtful reports whether a blob that is about to be read from the beginning
 // was so a moment ago. containerd keeps what it gets, so it asks twice when
 // the bytes were wrong: a seal does not tell of a decayed medium. What was

@@ -39,11 +39,6 @@ func putBlob(t testing.TB, s *store, body []byte) digest.Digest {
 	return d
 }
 
-func has(s *store, d digest.Digest) bool {
-	_, err := os.Stat(s.blobPath(d))
-	return err == nil
-}
-
 func TestEvictsLeastRecentlyUsed(t *testing.T) {
 	s := testStore(t, 1000, 0)
 	var ds []digest.Digest
@@ -57,7 +52,7 @@ func TestEvictsLeastRecentlyUsed(t *testing.T) {
 	b.Close()
 	putBlob(t, s, random(150, 99)) // takes 1 and 2, as 0 was just used
 	for i, d := range ds {
-		if got, want := has(s, d), i != 1 && i != 2; got != want {
+		if got, want := s.has(d), i != 1 && i != 2; got != want {
 			t.Errorf("blob %d there: %v, want %v", i, got, want)
 		}
 	}
@@ -77,12 +72,12 @@ func TestNeverEvictsWhatIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = s.put(digest.FromBytes(random(500, 2)), random(500, 2))
-	if !errors.Is(err, errNoSpace) || !has(s, old) {
-		t.Errorf("while it is read: %v, there %v", err, has(s, old))
+	if !errors.Is(err, errNoSpace) || !s.has(old) {
+		t.Errorf("while it is read: %v, there %v", err, s.has(old))
 	}
 	b.Close()
 	putBlob(t, s, random(500, 2))
-	if has(s, old) {
+	if s.has(old) {
 		t.Error("still there")
 	}
 }
@@ -93,7 +88,7 @@ func TestTooLargeEvictsNothing(t *testing.T) {
 	if err := s.put(digest.FromString("x"), make([]byte, 1001)); !errors.Is(err, errNoSpace) {
 		t.Errorf("error %v", err)
 	}
-	if !has(s, d) {
+	if !s.has(d) {
 		t.Error("evicted in vain")
 	}
 }
@@ -105,13 +100,13 @@ func TestKeepsDiskFree(t *testing.T) {
 	a, b := putBlob(t, s, random(300, 1)), putBlob(t, s, random(300, 2))
 	free = 1100
 	c := putBlob(t, s, random(200, 3)) // 100 short: the oldest goes
-	if has(s, a) || !has(s, b) || !has(s, c) {
-		t.Errorf("there: %v %v %v", has(s, a), has(s, b), has(s, c))
+	if s.has(a) || !s.has(b) || !s.has(c) {
+		t.Errorf("there: %v %v %v", s.has(a), s.has(b), s.has(c))
 	}
 	free = 900 // somebody else fills the disk
 	s.trim()
-	if has(s, b) || !has(s, c) {
-		t.Errorf("there: %v %v", has(s, b), has(s, c))
+	if s.has(b) || !s.has(c) {
+		t.Errorf("there: %v %v", s.has(b), s.has(c))
 	}
 }
 
@@ -196,7 +191,7 @@ func TestForeignFiles(t *testing.T) {
 		t.Errorf("usage %d bytes, %d blobs", bytes, blobs)
 	}
 	s2.trim()
-	if has(s2, d) {
+	if s2.has(d) {
 		t.Error("not trimmed")
 	}
 }

@@ -118,9 +118,9 @@ type question struct {
 	accept string
 	auth   string // the client's Authorization
 	via    string
-	from   int64  // continue at this byte; 0: the whole
-	ranges string // the client's own Range, passed on
-	not    func(*upstream) bool
+	from   int64                        // continue at this byte; 0: the whole
+	ranges string                       // the client's own Range, passed on
+	avoid  func(*upstream) *unavailable // why not to ask it; may be nil
 }
 
 // answer is a response with status 200 or 206, whose body ends the request.
@@ -161,9 +161,11 @@ func (a *asker) ask(ctx context.Context, reg *registry, q question, start int, b
 	n := len(reg.upstreams)
 	for i := range n {
 		up := reg.upstreams[(start+i)%n]
-		if q.not != nil && q.not(up) {
-			down = &unavailable{"bad-content", fmt.Errorf("%s served wrong bytes for this digest", up.base.Host)}
-			continue
+		if q.avoid != nil {
+			if why := q.avoid(up); why != nil {
+				down = why
+				continue
+			}
 		}
 		left := time.Until(deadline)
 		ans, err := a.askOne(ctx, up, q, left/time.Duration(n-i))
