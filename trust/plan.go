@@ -63,8 +63,8 @@ func (p plan) keeps(f *recordedFile) bool {
 	})
 }
 
-// plan reads the node and decides; it changes nothing. What cannot be done is
-// held and reported.
+// plan reads the node and decides; it changes nothing there. What cannot be done
+// is held and reported.
 func (s *session) plan(want State) (p plan, faults ownerErrors) {
 	for _, r := range want.Registries {
 		name := r.Hosts.Registry
@@ -114,7 +114,7 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 	if !own {
 		r = r.renamed()
 	}
-	theirs, copies, err := s.foreignConfig(dir.path, own, before)
+	theirs, kept, err := s.foreignConfig(dir.path, own, before)
 	if err != nil {
 		return dir, err
 	}
@@ -125,19 +125,10 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 	for _, n := range notes {
 		s.note("registry %s: %s", r.Hosts.Registry, n)
 	}
-	files := make(map[string][]byte)
-	maps.Copy(files, copies)
-	for name, b := range r.CAs {
-		files[name] = b.PEM()
-	}
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		f := plannedFile{path: path.Join(dir.path, name), data: files[name], mode: 0o644}
-		if !found {
-			if f.before, err = s.originalCA(f.path); err != nil {
-				return dir, err
-			}
-		}
-		dir.files = append(dir.files, f)
+	files := r.encodedCAs()
+	maps.Copy(files, kept)
+	if err := s.planCAs(&dir, files, found); err != nil {
+		return dir, err
 	}
 	mode := fs.FileMode(0o644)
 	if theirs.mode != 0 {
@@ -147,6 +138,30 @@ func (s *session) planRegistry(r Registry) (plannedDir, error) {
 	}
 	dir.files = append(dir.files, plannedFile{path: hosts, data: text, mode: mode, before: before})
 	return dir, nil
+}
+
+// encodedCAs are the files to write by name.
+func (r Registry) encodedCAs() map[string][]byte {
+	files := make(map[string][]byte, len(r.CAs))
+	for name, b := range r.CAs {
+		files[name] = b.PEM()
+	}
+	return files
+}
+
+// planCAs adds files of certificates, by name, to dir. In a directory that was
+// found to be ours although there is no record of it, they replace nobody's.
+func (s *session) planCAs(dir *plannedDir, files map[string][]byte, found bool) (err error) {
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		f := plannedFile{path: path.Join(dir.path, name), data: files[name], mode: 0o644}
+		if !found {
+			if f.before, err = s.originalCA(f.path); err != nil {
+				return err
+			}
+		}
+		dir.files = append(dir.files, f)
+	}
+	return nil
 }
 
 // looksOurs recognises a directory of ours of which there is no record, for it
