@@ -636,3 +636,17 @@ func TestConcurrentPushesAndDeletes(t *testing.T) {
 		c.want(c.do("GET", "/v2/busy/manifests/"+tag, nil), 200, "")
 	}
 }
+
+func TestTypesRememberedAreBounded(t *testing.T) {
+	c := newTypeCache()
+	for i := range maxTypes + 10 {
+		d := digest.FromString(fmt.Sprint(i))
+		c.put(d, "a/b")
+		if got, ok := c.get(d); !ok || got != "a/b" {
+			t.Fatalf("%d not remembered", i)
+		}
+	}
+	if len(c.types) != maxTypes {
+		t.Errorf("%d remembered, want %d", len(c.types), maxTypes)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -35,10 +36,6 @@ func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storag
 	if fi.Size() > maxManifest {
 		return errManifestUnknown.because("%s is no manifest: it has %d bytes", d, fi.Size())
 	}
-	content := make([]byte, fi.Size())
-	if _, err := io.ReadFull(f, content); err != nil {
-		return fmt.Errorf("reading manifest %s: %w", d, err)
-	}
 	h := w.Header()
 	h.Set("Docker-Content-Digest", d.String())
 	h.Set("Etag", `"`+d.String()+`"`)
@@ -46,13 +43,31 @@ func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storag
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
-	h.Set("Content-Type", manifestType(content))
-	h.Set("Content-Length", strconv.Itoa(len(content)))
+	mediaType, known := s.types.get(d)
+	if r.Method == http.MethodHead && known {
+		manifestHeader(h, mediaType, fi.Size())
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	content := make([]byte, fi.Size())
+	if _, err := io.ReadFull(f, content); err != nil {
+		return fmt.Errorf("reading manifest %s: %w", d, err)
+	}
+	if !known {
+		mediaType = manifestType(content)
+		s.types.put(d, mediaType)
+	}
+	manifestHeader(h, mediaType, fi.Size())
 	w.WriteHeader(http.StatusOK)
 	if r.Method == http.MethodGet {
 		w.Write(content)
 	}
 	return nil
+}
+
+func manifestHeader(h http.Header, mediaType string, size int64) {
+	h.Set("Content-Type", mediaType)
+	h.Set("Content-Length", strconv.FormatInt(size, 10))
 }
 
 // getBlob answers GET and HEAD of a blob, with ranges. From the file to a plain
@@ -142,4 +157,36 @@ func manifestType(content []byte) string {
 
 func validHeaderValue(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+// maxTypes bounds how many manifests' media types are remembered.
+const maxTypes = 8192
+
+// typeCache remembers the media types of manifests, which take longer to read
+// off a manifest than the manifest takes to read. What it holds follows from the
+// digest, so it cannot be out of date.
+type typeCache struct {
+	mu    sync.RWMutex
+	types map[digest.Digest]string // guarded by mu
+}
+
+func newTypeCache() *typeCache { return &typeCache{types: make(map[digest.Digest]string)} }
+
+func (c *typeCache) get(d digest.Digest) (mediaType string, ok bool) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	mediaType, ok = c.types[d]
+	return mediaType, ok
+}
+
+func (c *typeCache) put(d digest.Digest, mediaType string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.types) >= maxTypes {
+		for old := range c.types { // whichever: forgetting costs a parse
+			delete(c.types, old)
+			break
+		}
+	}
+	c.types[d] = mediaType
 }

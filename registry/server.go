@@ -52,6 +52,7 @@ type Server struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
+	types   *typeCache
 	keys    *keyPair // nil for plain HTTP
 }
 
@@ -64,7 +65,7 @@ func New(cfg Config) (*Server, error) {
 	if (cfg.CertFile == "") != (cfg.KeyFile == "") {
 		return nil, errors.New("registry: CertFile and KeyFile go together: set both for TLS, neither for plain HTTP")
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger}
+	s := &Server{cfg: cfg, log: cfg.Logger, types: newTypeCache()}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
