@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -420,5 +421,40 @@ func TestSyncCatalog(t *testing.T) {
 	}
 	if len(result.Repositories) != 2 || result.Repositories[0].Name != "**" || result.Repositories[1].TagsPresent != 1 {
 		t.Errorf("%+v", result.Repositories)
+	}
+}
+
+// A parent that cuts its lists short without a link to the rest has all of it
+// read nevertheless.
+func TestNamesWithoutLinks(t *testing.T) {
+	for name, ignoresLast := range map[string]bool{"takes last": false, "ignores last": true} {
+		t.Run(name, func(t *testing.T) {
+			var all []string
+			for i := range 2500 {
+				all = append(all, fmt.Sprintf("t%04d", i))
+			}
+			p := newTestParent(t)
+			p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
+				start := 0
+				if last := r.URL.Query().Get("last"); last != "" && !ignoresLast {
+					start = slices.Index(all, last) + 1
+				}
+				_ = json.NewEncoder(w).Encode(map[string]any{"tags": all[start:min(start+pageSize, len(all))]})
+				return true
+			})
+			client := newParent(Parent{Endpoint: p.host, Insecure: true}, defaultLimits(), slog.New(slog.DiscardHandler))
+			defer client.close()
+			got, err := client.tags(t.Context(), "app")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := all
+			if ignoresLast {
+				want = all[:pageSize]
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("%d tags", len(got))
+			}
+		})
 	}
 }

@@ -34,6 +34,9 @@ type run struct {
 	log      *slog.Logger
 	images   chan struct{} // bounds the images that are copied at once
 
+	// err is why the parent could not be asked anything.
+	err error
+
 	mu           sync.Mutex
 	repositories []*repository // sorted by name
 	blobsFetched int
@@ -82,6 +85,7 @@ func (r *run) find(ctx context.Context) []*repository {
 	var found []*repository
 	var names []string
 	err := r.parent.ping(ctx)
+	r.err = err
 	if wild := r.selection.wild(); len(wild) > 0 {
 		catalog, catalogErr := []string(nil), err
 		if err == nil {

@@ -334,6 +334,13 @@ func TestSyncUnreachable(t *testing.T) {
 	if _, err := f.Plan(t.Context()); err == nil || err.Error() != want {
 		t.Errorf("plan: %v", err)
 	}
+
+	// Also when there is nothing to bring.
+	f = newFixture(t, p)
+	f.limits.attempts = 1
+	if _, err := f.Sync(t.Context(), v1alpha1.SyncTriggerManual); err == nil || err.Error() != want || f.Status().ConnectionState != v1alpha1.ConnectionStateOffline {
+		t.Errorf("%v %+v", err, f.Status())
+	}
 }
 
 // When the parent goes away in the middle, what is left fails at once.

@@ -102,10 +102,14 @@ func (p *parent) manifestOf(a answer, what string) (manifest, error) {
 	return m, nil
 }
 
+// pageSize is how many names are asked for at once. Amazon's registry takes no
+// more.
+const pageSize = 1000
+
 // tags lists a repository's tags, those that are none left out.
 func (p *parent) tags(ctx context.Context, repository string) ([]string, error) {
 	names, err := p.names(ctx, question{
-		path:  "/v2/" + repository + "/tags/list?n=1000",
+		path:  fmt.Sprintf("/v2/%s/tags/list?n=%d", repository, pageSize),
 		scope: repositoryScope(repository),
 		what:  "the tags of " + repository,
 	}, "tags", v1alpha1.ValidTag)
@@ -118,7 +122,7 @@ func (p *parent) tags(ctx context.Context, repository string) ([]string, error) 
 // catalog lists the parent's repositories.
 func (p *parent) catalog(ctx context.Context) ([]string, error) {
 	names, err := p.names(ctx, question{
-		path:  "/v2/_catalog?n=1000",
+		path:  fmt.Sprintf("/v2/_catalog?n=%d", pageSize),
 		scope: catalogScope,
 		what:  "the list of its repositories",
 	}, "repositories", v1alpha1.ValidRepositoryName)
@@ -133,6 +137,7 @@ func (p *parent) catalog(ctx context.Context) ([]string, error) {
 // before, or that are simply too many.
 func (p *parent) names(ctx context.Context, q question, key string, valid func(string) bool) ([]string, error) {
 	q.method, q.accept, q.max = http.MethodGet, "application/json", p.limits.list
+	first := q.path
 	seen := make(map[string]bool)
 	var names []string
 	for {
@@ -152,7 +157,11 @@ func (p *parent) names(ctx context.Context, q question, key string, valid func(s
 			seen[name] = true
 		}
 		next := nextPage(a.header, q.path)
-		if next == "" {
+		if next == "" && len(page) >= pageSize && len(seen) > before {
+			// A full page without a link to the next: some registries leave that
+			// to whoever asks.
+			next = fmt.Sprintf("%s&last=%s", first, url.QueryEscape(page[len(page)-1]))
+		} else if next == "" {
 			slices.Sort(names)
 			return names, nil
 		}

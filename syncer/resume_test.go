@@ -505,3 +505,29 @@ func TestUploadID(t *testing.T) {
 		}
 	}
 }
+
+// What an earlier process left is found also when the parent was away at first.
+func TestSyncResumesWhenTheParentIsBack(t *testing.T) {
+	p := newTestParent(t)
+	layer := testLayer(1, 200_000)
+	p.pushImage(t, "app:1", testImage(t, "x", layer))
+	root := t.TempDir()
+	dir := filepath.Join(root, uploads("app"), uploadID(digestOf(t, layer)))
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "data"), seeded(1, 200_000)[:150_000], 0o666); err != nil {
+		t.Fatal(err)
+	}
+	f := newFixtureAt(t, root, p, func(c *Config) { c.Repositories = exactly("app") })
+	p.setFault(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
+	f.limits.attempts = 1
+	if _, err := f.Sync(t.Context(), v1alpha1.SyncTriggerInitial); err == nil {
+		t.Fatal("no error")
+	}
+	p.setFault(nil)
+	f.mustSync(t)
+	if p.bytesSent() > 51_000 {
+		t.Errorf("%d bytes were sent", p.bytesSent())
+	}
+}

@@ -76,14 +76,14 @@ func (s *Syncer) begin(r *run, trigger v1alpha1.SyncTrigger, start time.Time) (r
 		result.LastSuccessfulSyncEndTime = s.last.RegistrySyncResult.LastSuccessfulSyncEndTime
 	}
 	s.last.RegistrySyncResult = result
-	resume, s.resumed = !s.resumed, true
-	return resume
+	return !s.resumed
 }
 
 // end makes the outcome of a synchronisation the status.
 func (s *Syncer) end(result Result, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.resumed = s.resumed || s.running.err == nil
 	s.running = nil
 	s.last.ConnectionState = connectionState(result, err)
 	end := metav1.NewTime(result.End)
@@ -109,7 +109,7 @@ func connectionState(result Result, err error) v1alpha1.ConnectionState {
 	switch {
 	case err == nil || result.State == v1alpha1.SyncStateTimedOut && !anyOther(result):
 		return v1alpha1.ConnectionStateOnline
-	case slices.ContainsFunc(result.Repositories, func(r RepositoryResult) bool { return isUnreachable(r.Err) }):
+	case isUnreachable(err), slices.ContainsFunc(result.Repositories, func(r RepositoryResult) bool { return isUnreachable(r.Err) }):
 		return v1alpha1.ConnectionStateOffline
 	}
 	return v1alpha1.ConnectionStateUnhealthy

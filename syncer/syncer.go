@@ -71,7 +71,8 @@ type EventKind string
 
 // The kinds of event.
 const (
-	// EventPlanned: a repository was compared with the parent. Tags, Bytes.
+	// EventPlanned: Repository was compared with the parent, which has Tags
+	// tags that are wanted.
 	EventPlanned EventKind = "planned"
 	// EventFetched: Bytes more of the blob Digest have arrived.
 	EventFetched EventKind = "fetched"
@@ -85,7 +86,8 @@ const (
 	EventFailed EventKind = "failed"
 )
 
-// Event is one thing that happened during a synchronisation.
+// Event is one thing that happened during a synchronisation. Which fields are
+// set is said at each EventKind; Repository always is.
 type Event struct {
 	Kind       EventKind
 	Repository string
@@ -139,13 +141,13 @@ type Syncer struct {
 	checked    *checks
 	distrusted *distrust
 
-	turn chan struct{} // holds a value while a synchronisation runs
+	turn   chan struct{}     // holds a value while a synchronisation runs
+	logged map[string]string // the last problem of each repository; for the holder of turn
 
-	mu      sync.Mutex
-	resumed bool              // unfinished uploads have been looked for
-	last    v1alpha1.Status   // as of the last synchronisation that ended
-	running *run              // nil between synchronisations
-	logged  map[string]string // the last problem of each repository
+	mu      sync.Mutex      // guards what follows
+	resumed bool            // unfinished uploads have been looked for
+	last    v1alpha1.Status // as of the last synchronisation that ended
+	running *run            // nil between synchronisations
 }
 
 // New returns a Syncer, or an error that names the field of config that is
@@ -259,6 +261,9 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 func (s *Syncer) finish(ctx context.Context, r *run, trigger v1alpha1.SyncTrigger, start time.Time) (Result, error) {
 	result := Result{Trigger: trigger, State: v1alpha1.SyncStateSucceeded, Start: start, BytesFetched: r.parent.received.Load()}
 	var errs []error
+	if r.err != nil {
+		errs = append(errs, r.err)
+	}
 	for _, repo := range r.repositories {
 		res := repo.result()
 		result.Repositories = append(result.Repositories, res)
