@@ -420,13 +420,13 @@ func TestRunOutlivesFaults(t *testing.T) {
 	}
 	writeTree(t, root, map[string]string{filepath.Dir(trust.RecordPath): ""})
 	var pauses []time.Duration
-	for range 9 {
+	for range 12 {
 		if err := k.apply(t.Context(), time.Now()); err == nil {
 			t.Fatal("no error")
 		}
-		pauses = append(pauses, k.pause(time.Now())/time.Second)
+		pauses = append(pauses, k.pause(time.Now())/(100*time.Millisecond))
 	}
-	if diff := cmp.Diff([]time.Duration{1, 2, 4, 8, 16, 32, 60, 60, 60}, pauses); diff != "" {
+	if diff := cmp.Diff([]time.Duration{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600}, pauses); diff != "" {
 		t.Error(diff)
 	}
 	if err := os.Remove(dir); err != nil {

@@ -22,8 +22,9 @@ const (
 	// spare (fs.inotify limits).
 	blindInterval = time.Second
 	// A file system that fails is tried again after a wait that doubles
-	// between these.
-	firstRetry = time.Second
+	// between these. The first is short: often it was somebody's change under
+	// our hands.
+	firstRetry = 100 * time.Millisecond
 	longRetry  = time.Minute
 )
 
