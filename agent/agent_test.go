@@ -298,16 +298,18 @@ func running(t *testing.T, a *Agent) (stop func()) {
 	return stop
 }
 
-// within waits until check holds, for as long as drift may last.
-func within(t *testing.T, what string, check func() bool) {
+// within waits until check holds, and returns how long that took. The limit is
+// for a machine whose disk is busy with other things.
+func within(t *testing.T, what string, check func() bool) time.Duration {
 	t.Helper()
-	limit := time.Now().Add(2 * time.Second)
+	start := time.Now()
 	for !check() {
-		if time.Now().After(limit) {
-			t.Fatalf("%s: not within two seconds", what)
+		if time.Since(start) > 30*time.Second {
+			t.Fatalf("%s: not within 30 seconds", what)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
+	return time.Since(start)
 }
 
 func TestRunHealsDrift(t *testing.T) {
@@ -335,6 +337,7 @@ func TestRunHealsDrift(t *testing.T) {
 	want := readTree(t, root)
 	isWhole := func() bool { return complete() && cmp.Equal(want, readTree(t, root)) }
 
+	fastest := time.Hour
 	for _, step := range []struct {
 		what string
 		do   func() error
@@ -351,7 +354,11 @@ func TestRunHealsDrift(t *testing.T) {
 		if err := step.do(); err != nil {
 			t.Fatal(err)
 		}
-		within(t, step.what, isWhole)
+		fastest = min(fastest, within(t, step.what, isWhole))
+	}
+	// A check every ten seconds could heal all of them, but none as soon.
+	if fastest > 2*time.Second {
+		t.Errorf("drift lasted for %v at least", fastest)
 	}
 
 	// A foreign change is respected: theirs is taken in.
@@ -472,7 +479,7 @@ func TestRunBacksOffFromAFight(t *testing.T) {
 	running(t, newTestAgent(t, cfg))
 	fought := filepath.Join(root, certsDir, "quay.io/hosts.toml")
 	within(t, "start", func() bool { _, err := os.Stat(fought); return err == nil })
-	limit := time.Now().Add(10 * time.Second)
+	limit := time.Now().Add(30 * time.Second)
 	for !strings.Contains(said.String(), "another program keeps changing") {
 		if err := os.Remove(fought); err != nil && !os.IsNotExist(err) {
 			t.Fatal(err)
