@@ -36,7 +36,7 @@ type descriptor struct {
 
 // putManifest stores a manifest under a tag or a digest.
 func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
-	content, err := readManifest(w, r)
+	content, err := s.readManifest(w, r)
 	if err != nil {
 		return err
 	}
@@ -87,11 +87,12 @@ func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo sto
 	return nil
 }
 
-func readManifest(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+func (s *Server) readManifest(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.ContentLength > maxManifest {
 		return nil, errManifestTooLarge
 	}
-	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxManifest))
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	content, err := io.ReadAll(http.MaxBytesReader(w, io.NopCloser(body), maxManifest))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		return nil, errManifestTooLarge

@@ -47,13 +47,18 @@ type Config struct {
 // end, before it closes their connections.
 const drainTime = 4 * time.Second
 
+// stallTime is how long a client may send nothing in the middle of an upload.
+// What has arrived is kept for it to go on from.
+const stallTime = time.Minute
+
 // Server is one replica.
 type Server struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
 	types   *typeCache
-	keys    *keyPair // nil for plain HTTP
+	stall   time.Duration // stallTime, but for tests
+	keys    *keyPair      // nil for plain HTTP
 }
 
 // New validates the configuration, loads the key pair and registers the
@@ -65,7 +70,7 @@ func New(cfg Config) (*Server, error) {
 	if (cfg.CertFile == "") != (cfg.KeyFile == "") {
 		return nil, errors.New("registry: CertFile and KeyFile go together: set both for TLS, neither for plain HTTP")
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, types: newTypeCache()}
+	s := &Server{cfg: cfg, log: cfg.Logger, types: newTypeCache(), stall: stallTime}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -269,6 +269,33 @@ func TestFullDisk(t *testing.T) {
 	c.pushBlob("a", large)
 }
 
+// A client that stops sending does not hold its connection for ever, and finds
+// what it has sent when it comes back.
+func TestStalledUploadIsBrokenOff(t *testing.T) {
+	s := newServer(t, Config{})
+	s.stall = 50 * time.Millisecond
+	c := serveHandler(t, s)
+	at := c.do("POST", "/v2/a/blobs/uploads/", nil).header.Get("Location")
+	body, client := io.Pipe()
+	defer client.Close()
+	go client.Write([]byte("some of it"))
+	c.want(c.do("PATCH", at, body), 400, "SIZE_INVALID")
+	if got := c.want(c.do("GET", at, nil), 204, "").header.Get("Range"); got != "0-9" {
+		t.Errorf("kept %s, want 0-9", got)
+	}
+	// One that is slow goes on.
+	s.stall = 5 * time.Second
+	slow, client := io.Pipe()
+	go func() {
+		for _, part := range []string{" and", " the", " rest"} {
+			client.Write([]byte(part))
+		}
+		client.Close()
+	}()
+	c.want(c.do("PATCH", at, slow), 202, "")
+	c.want(c.do("PUT", at+"?digest="+digest.FromString("some of it and the rest").String(), nil), 201, "")
+}
+
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	c := serveHandler(t, newServer(t, Config{Metrics: reg}))

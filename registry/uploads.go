@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/distribution/distribution/v3"
 	"github.com/distribution/reference"
@@ -114,7 +115,7 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 	if err != nil {
 		return err
 	}
-	if err := receive(w, r, repo, upload); err != nil {
+	if err := s.receive(w, r, repo, upload); err != nil {
 		return err
 	}
 	if err := upload.Close(); err != nil {
@@ -154,7 +155,7 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	if err != nil {
 		return errors.Join(err, upload.Close())
 	}
-	if err := receive(w, r, repo, upload); err != nil {
+	if err := s.receive(w, r, repo, upload); err != nil {
 		return err
 	}
 	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
@@ -176,14 +177,14 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 // upload is closed. A client whose connection broke may go on from where it
 // broke; when it is the storage that failed, the upload is gone, and the space
 // that it took is free.
-func receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) error {
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) error {
 	if err := checkRange(r, upload.Size()); err != nil {
 		if errors.Is(err, errRangeInvalid) {
 			setUploadHeaders(w, repo, upload) // tell the client where to go on
 		}
 		return errors.Join(err, upload.Close())
 	}
-	body := &bodyReader{r: r.Body}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
 	_, err := upload.ReadFrom(body)
 	switch {
 	case err == nil:
@@ -201,13 +202,19 @@ func abandon(ctx context.Context, upload distribution.BlobWriter, err error) err
 	return fmt.Errorf("upload %s: %w", upload.ID(), err)
 }
 
-// bodyReader remembers whether it was the client that broke a copy off.
+// bodyReader remembers whether it was the client that broke a copy off, and
+// breaks off itself when the client sends nothing for too long. However slow,
+// a client that sends something goes on.
 type bodyReader struct {
-	r   io.Reader
-	err error
+	r     io.Reader
+	conn  *http.ResponseController
+	stall time.Duration
+	err   error
 }
 
 func (b *bodyReader) Read(p []byte) (int, error) {
+	// Not every ResponseWriter can; those that come from a connection do.
+	b.conn.SetReadDeadline(time.Now().Add(b.stall))
 	n, err := b.r.Read(p)
 	if err != nil && err != io.EOF {
 		b.err = err

@@ -52,15 +52,12 @@ type Config struct {
 
 // Authority decides who may do what. Its methods may be called concurrently.
 type Authority struct {
-	cfg     Config
-	log     *slog.Logger
-	signer  signer
-	checker *checker
-	limiter *limiter
-	logins  singleflight.Group
-	// unknown stands in for a password that does not exist, so that finding
-	// out takes as long as for a wrong one.
-	unknown  hash
+	cfg      Config
+	log      *slog.Logger
+	signer   signer
+	checker  *checker
+	limiter  *limiter
+	logins   singleflight.Group
 	tokens   atomic.Pointer[tokenSet]
 	lastFail string // owned by whoever reads the directory: New, then Watch
 }
@@ -76,7 +73,6 @@ func New(cfg Config) (*Authority, error) {
 		log:     cfg.Logger,
 		checker: newChecker(max(1, runtime.GOMAXPROCS(0)/2)),
 		limiter: newLimiter(),
-		unknown: hash{text: "unknown", iterations: hashIterations, salt: make([]byte, saltSize), key: make([]byte, keySize)},
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
@@ -94,7 +90,7 @@ func New(cfg Config) (*Authority, error) {
 		return nil, fmt.Errorf("deriving the key for bearer tokens: %w", err)
 	}
 	a.signer = signer{key}
-	a.tokens.Store(&tokenSet{})
+	a.tokens.Store(&tokenSet{unknown: unknownPassword(nil)})
 	a.reload()
 	return a, nil
 }
@@ -350,7 +346,8 @@ func (a *Authority) slowLogin(t *token, name, password, remote string) (hash, er
 	if wait := a.limiter.take(name, remote, time.Now()); wait > 0 {
 		return hash{}, &tooManyError{wait}
 	}
-	passwords := []hash{a.unknown, a.unknown}
+	unknown := a.tokens.Load().unknown
+	passwords := []hash{unknown, unknown}
 	if t != nil {
 		copy(passwords, t.passwords)
 	}

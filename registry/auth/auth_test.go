@@ -87,7 +87,6 @@ func authority(t testing.TB, cfg Config) *Authority {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.unknown.iterations = 10
 	return a
 }
 

@@ -114,6 +114,24 @@ func parseScope(s v1alpha1.Scope) (scope, error) {
 type tokenSet struct {
 	tokens map[string]*token
 	sums   map[string][sha256.Size]byte // of the files as they were read
+	// unknown stands in for a password that does not exist, so that finding
+	// out takes as long as for a wrong one.
+	unknown hash
+}
+
+// unknownPassword matches nothing, and takes as long for it as the slowest
+// password of any token.
+func unknownPassword(tokens map[string]*token) hash {
+	h := hash{text: "unknown", salt: make([]byte, saltSize), key: make([]byte, keySize)}
+	for _, t := range tokens {
+		for _, p := range t.passwords {
+			h.iterations = max(h.iterations, p.iterations)
+		}
+	}
+	if h.iterations == 0 {
+		h.iterations = hashIterations
+	}
+	return h
 }
 
 // readTokens reads the directory. A file that cannot be used leaves the token
@@ -124,7 +142,7 @@ func readTokens(dir string, before tokenSet) (now tokenSet, changed bool, err er
 	if err != nil {
 		return before, false, fmt.Errorf("reading client tokens: %w", err)
 	}
-	now = tokenSet{make(map[string]*token), make(map[string][sha256.Size]byte)}
+	now = tokenSet{tokens: make(map[string]*token), sums: make(map[string][sha256.Size]byte)}
 	var errs []error
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), ".json")
@@ -153,6 +171,7 @@ func readTokens(dir string, before tokenSet) (now tokenSet, changed bool, err er
 			}
 		}
 	}
+	now.unknown = unknownPassword(now.tokens)
 	return now, !maps.Equal(now.sums, before.sums), errors.Join(errs...)
 }
 
