@@ -79,3 +79,24 @@ func BenchmarkFill(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// nowhere is a client that takes everything.
+type nowhere struct{ header http.Header }
+
+func (n *nowhere) Header() http.Header         { return n.header }
+func (n *nowhere) Write(b []byte) (int, error) { return len(b), nil }
+func (n *nowhere) WriteHeader(int)             {}
+
+// BenchmarkManifestHandler is BenchmarkManifestHit without the network.
+func BenchmarkManifestHandler(b *testing.B) {
+	o := newOrigin(b)
+	d := o.manifest("app", "", testManifest(digest.FromString("a"), digest.FromString("b")))
+	n := start(b, Config{Registries: upstreams(o.URL)})
+	n.get(manifestURL("app", d.String()))
+	n.settled()
+	req := newGet(b.Context(), n.url+manifestURL("app", d.String())+"?ns="+testHost)
+	b.ReportAllocs()
+	for b.Loop() {
+		n.ServeHTTP(&nowhere{http.Header{}}, req)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -73,31 +74,35 @@ func New(cfg Config) (*Cache, error) {
 }
 
 // SetRegistries replaces Config.Registries. Requests under way go on with what
-// they began with. On error nothing changes.
+// they began with; registries that have not changed keep their connections. On
+// error nothing changes.
 func (c *Cache) SetRegistries(registries map[string]Registry) error {
 	if err := validateRegistries(registries); err != nil {
 		return err
 	}
+	var old map[string]*registry
+	if p := c.registries.Load(); p != nil {
+		old = *p
+	}
 	all := make(map[string]*registry, len(registries))
 	for host, cfg := range registries {
+		if reg := old[host]; reg != nil && reflect.DeepEqual(reg.cfg, cfg) {
+			all[host] = reg
+			continue
+		}
 		reg, err := newRegistry(host, cfg, c.cfg.Timeouts, c.log)
 		if err != nil {
 			return err
 		}
 		all[host] = reg
 	}
-	if old := c.registries.Swap(&all); old != nil {
-		closeIdle(*old)
-	}
-	return nil
-}
-
-func closeIdle(registries map[string]*registry) {
-	for _, reg := range registries {
-		for _, up := range reg.upstreams {
-			up.transport.CloseIdleConnections()
+	c.registries.Store(&all)
+	for host, reg := range old {
+		if all[host] != reg {
+			reg.closeIdle()
 		}
 	}
+	return nil
 }
 
 // usage is what the store holds, for metrics.
@@ -140,7 +145,9 @@ func (c *Cache) Run(ctx context.Context) error {
 	err = g.Wait()
 	c.requests.Wait()
 	c.work.Wait()
-	closeIdle(*c.registries.Load())
+	for _, reg := range *c.registries.Load() {
+		reg.closeIdle()
+	}
 	c.mu.Lock()
 	c.stopping = false
 	c.mu.Unlock()

@@ -50,7 +50,7 @@
 //	                                               referrers
 //	connected-registry; fwd=miss; fwd-status=N     the upstream refused with status N
 //	connected-registry; fwd=miss; detail=TOKEN     nothing to serve: unreachable, bad-content,
-//	                                               tags-upstream, loop
+//	                                               tags-upstream, loop, verifying, stopping
 //
 // # Imports
 //

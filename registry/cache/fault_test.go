@@ -319,6 +319,71 @@ func TestWrongBytesThenNextUpstream(t *testing.T) {
 	}
 }
 
+// TestUnusableAnswerThenNextUpstream has a first upstream whose answers look
+// right and cannot be used.
+func TestUnusableAnswerThenNextUpstream(t *testing.T) {
+	body := random(5<<20, 14)
+	for name, front := range map[string]func(http.ResponseWriter, *http.Request) bool{
+		"no length": func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Write(body[:100])
+			http.NewResponseController(w).Flush()
+			w.Write(body[100:])
+			return true
+		},
+		"part of what was asked for": answering(206, "Content-Range", "bytes 0-4/10", "Content-Length", "5"),
+		"compressed":                 answering(200, "Content-Encoding", "gzip", "Content-Length", "0"),
+	} {
+		first, second := newOrigin(t), newOrigin(t)
+		first.setFront(front)
+		d := second.blob("app", body)
+		n := start(t, Config{Registries: upstreams(first.URL, second.URL)})
+		r := n.get(blobURL("app", d))
+		if r.err != nil || !bytes.Equal(r.body, body) {
+			t.Errorf("%s: %d, %v", name, r.status, r.err)
+		}
+	}
+}
+
+// TestDistrust checks that an upstream that was wrong once is not taken at its
+// word for large bodies either.
+func TestDistrust(t *testing.T) {
+	small, large, right := random(1000, 15), random(9<<20, 16), random(9<<20, 17)
+	o := newOrigin(t)
+	for _, body := range [][]byte{small, large} {
+		d := o.blob("app", body)
+		wrong := bytes.Clone(body)
+		wrong[0] ^= 1
+		o.blobs["app/"+d.String()] = wrong
+	}
+	o.blob("app", right)
+	n := start(t, Config{Registries: upstreams(o.URL)})
+	for _, body := range [][]byte{small, large} {
+		n.wantRefused(n.get(blobURL("app", digest.FromBytes(body))), 502, "fwd=miss; detail=bad-content")
+	}
+	n.wantBlob(n.get(blobURL("app", digest.FromBytes(right))), right, "fwd=miss; stored")
+}
+
+// TestSetRegistries checks that a change reaches the next request, and that what
+// has not changed keeps its state.
+func TestSetRegistries(t *testing.T) {
+	first, second := newOrigin(t), newOrigin(t)
+	body := random(1000, 18)
+	d := second.blob("app", body)
+	n := start(t, Config{Registries: upstreams(first.URL)})
+	n.wantRefused(n.get(blobURL("app", d)), 404, "fwd=miss; fwd-status=404")
+	before := (*n.registries.Load())[testHost]
+	if err := n.SetRegistries(upstreams(first.URL)); err != nil || (*n.registries.Load())[testHost] != before {
+		t.Errorf("the same again: %v", err)
+	}
+	if err := n.SetRegistries(upstreams("nonsense")); err == nil || (*n.registries.Load())[testHost] != before {
+		t.Errorf("nonsense: %v", err)
+	}
+	if err := n.SetRegistries(upstreams(second.URL)); err != nil {
+		t.Fatal(err)
+	}
+	n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
+}
+
 // TestRedirectKeepsCredentials checks that Authorization stays with the server
 // it was meant for.
 func TestRedirectKeepsCredentials(t *testing.T) {
@@ -382,7 +447,7 @@ func TestAuthorities(t *testing.T) {
 	n.wantBlob(n.get(path), body, "fwd=miss; stored")
 	for _, bad := range []string{"", "garbage, longer than the bundle was, so that the change shows" + string(right[:100])} {
 		write(bad)
-		closeIdle(*n.registries.Load())
+		(*n.registries.Load())[testHost].closeIdle()
 		if r := n.do(http.MethodHead, blobURL("app", digest.FromString(bad))); r.status != 404 {
 			t.Errorf("with a broken bundle in place of a good one: %d", r.status)
 		}

@@ -240,13 +240,13 @@ func TestFarRangeIsPassedOn(t *testing.T) {
 // TestRestartContinues stops a cache in the middle of a download, as a crash
 // would, and checks what the next one makes of it.
 func TestRestartContinues(t *testing.T) {
-	body := random(40<<20, 25)
+	body := random(20<<20, 25)
 	whole := random(1<<20, 26)
 	for _, damage := range []string{"", "flip", "truncate", "no state", "garbage state"} {
 		t.Run(damage, func(t *testing.T) {
 			o := newOrigin(t)
 			d, other := o.blob("app", body), o.blob("app", whole)
-			g := newGate(36 << 20)
+			g := newGate(18 << 20)
 			n := start(t, Config{Registries: upstreams(o.URL)})
 			n.wantBlob(n.get(blobURL("app", other)), whole, "fwd=miss; stored")
 			o.setFront(g.serve(body))
@@ -262,7 +262,7 @@ func TestRestartContinues(t *testing.T) {
 					return false
 				}
 				limit, _ := f.readable(0)
-				return limit >= 35<<20
+				return limit >= 17<<20
 			})
 			// A copy of the directory, taken now, is what a kill leaves.
 			dir := t.TempDir()
@@ -284,7 +284,7 @@ func TestRestartContinues(t *testing.T) {
 			}
 			n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
 			from := parseRange(o.ranges[len(o.ranges)-1]).first
-			if damage == "" && from < 2*checkpointEvery || damage != "" && from != 0 {
+			if damage == "" && from < checkpointEvery || damage != "" && from != 0 {
 				t.Errorf("continued from %d", from)
 			}
 			o.forget()
@@ -380,14 +380,8 @@ func TestUpstreamAnswersOtherRange(t *testing.T) {
 			return true
 		})
 		n := start(t, Config{Registries: upstreams(first.URL, second.URL)})
-		r := n.get(blobURL("app", d))
-		if r.err == nil || !bytes.Equal(r.body, body[:len(r.body)]) {
-			t.Errorf("%q: %v, right so far %v", header, r.err, bytes.Equal(r.body, body[:len(r.body)]))
-		}
-		n.settled()
-		if n.stored(d) {
-			t.Errorf("%q: stored", header)
-		}
+		// The first upstream is asked for the rest again.
+		n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"mime"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,10 +39,10 @@ func mediaTypeOf(body []byte) string {
 		return ""
 	}
 	if m.MediaType != "" {
-		if t, params, err := mime.ParseMediaType(m.MediaType); err == nil && len(params) == 0 && t != "" {
-			return m.MediaType
+		if t, _, err := mime.ParseMediaType(m.MediaType); err != nil || !strings.EqualFold(t, m.MediaType) {
+			return "" // it has parameters, or is no media type at all
 		}
-		return ""
+		return m.MediaType
 	}
 	switch {
 	case m.Manifests != nil:
@@ -218,7 +219,7 @@ func (c *Cache) serveManifest(w http.ResponseWriter, r *http.Request, rq *reques
 // serveTag asks the registry what the tag names now, and falls back on what it
 // named last while the registry cannot be reached.
 func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) error {
-	if rq.registry.tagsUpstream {
+	if rq.registry.cfg.TagsUpstream {
 		return refuse(http.StatusNotFound, "tags-upstream", "tags of this registry are resolved by itself")
 	}
 	began, budget := time.Now(), c.cfg.Timeouts.Headers

@@ -55,7 +55,7 @@ func (e *refusal) cacheStatus() string {
 	}
 	detail := e.cause
 	switch detail {
-	case "bad-content", "tags-upstream", "loop":
+	case "bad-content", "tags-upstream", "loop", "verifying", "stopping":
 	default:
 		detail = "unreachable"
 	}

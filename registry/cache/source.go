@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 )
 
 // errRange reports that an upstream has no bytes where a download should go on.
@@ -25,45 +26,53 @@ type source struct {
 	next     int  // upstream to ask next
 }
 
-// connect asks the upstreams, the next one first, for the rest.
-// Errors are those of ask; one that wraps errRange says that there are no bytes
-// at the offset.
+// connect asks the upstreams, the next one first, for the rest, and takes the
+// first answer that fits. Errors are those of ask; one that wraps errRange says
+// that there is nothing at the offset.
 func (s *source) connect(ctx context.Context) error {
-	c, q := s.cache, s.rq.question(http.MethodGet)
+	q := s.rq.question(http.MethodGet)
 	q.from = s.offset
-	ans, err := c.asker.ask(ctx, s.rq.registry, q, s.next, c.cfg.Timeouts.Headers)
-	if err != nil {
-		return err
+	var err error
+	for range s.rq.registry.upstreams {
+		var ans *answer
+		ans, err = s.cache.asker.ask(ctx, s.rq.registry, q, s.next, s.cache.cfg.Timeouts.Headers)
+		if err != nil {
+			return err
+		}
+		s.next = 1 + slices.Index(s.rq.registry.upstreams, ans.upstream)
+		if err = s.take(ans); err == nil {
+			return nil
+		}
+		ans.close()
 	}
+	return err
+}
+
+// take makes ans the source of the next bytes, if it begins or can be made to
+// begin at the offset, and is as long as those before.
+func (s *source) take(ans *answer) error {
+	host := ans.upstream.base.Host
 	start, size := int64(0), ans.ContentLength
 	if ans.StatusCode == http.StatusPartialContent {
 		got, total, ok := parseContentRange(ans.Header.Get("Content-Range"))
 		start, size = got.start, total
 		if !ok || got.start != s.offset || got.end != total {
-			ans.close()
-			return &unavailable{"range", fmt.Errorf("%s answered with another range than asked for: %w", ans.upstream.base.Host, errRange)}
+			return &unavailable{"range", fmt.Errorf("%s answered with another range than asked for: %w", host, errRange)}
 		}
 	}
-	if size < 0 || s.size >= 0 && size != s.size || size < s.offset {
-		ans.close()
-		return &unavailable{"length", fmt.Errorf("%s gives no length for the content, or one that differs", ans.upstream.base.Host)}
+	switch {
+	case size < 0 || s.size >= 0 && size != s.size:
+		return &unavailable{"length", fmt.Errorf("%s gives no length for the content, or another than before", host)}
+	case size < s.offset:
+		return &unavailable{"range", fmt.Errorf("%s has less content than is here: %w", host, errRange)}
 	}
-	s.size = size
-	s.body = c.asker.watch(ans)
-	s.note(ans.upstream)
-	if _, err := io.CopyN(io.Discard, s.body, s.offset-start); err != nil {
-		return &unavailable{"connection", fmt.Errorf("%s: %w", ans.upstream.base.Host, err)}
+	body := s.cache.asker.watch(ans)
+	if _, err := io.CopyN(io.Discard, body, s.offset-start); err != nil {
+		return &unavailable{"broken", fmt.Errorf("%s: %w", host, err)}
 	}
+	s.size, s.body = size, body
+	s.used = append(s.used, ans.upstream)
 	return nil
-}
-
-func (s *source) note(up *upstream) {
-	for i, u := range s.rq.registry.upstreams {
-		if u == up {
-			s.next = i + 1
-		}
-	}
-	s.used = append(s.used, up)
 }
 
 func (s *source) names() []string {

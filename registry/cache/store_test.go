@@ -309,6 +309,24 @@ func TestDecay(t *testing.T) {
 	}
 }
 
+// TestLongVerificationIsNotWaitedFor checks that a blob that takes long to hash
+// is refused meanwhile, and there in the end.
+func TestLongVerificationIsNotWaitedFor(t *testing.T) {
+	s := testStore(t, 0, 0)
+	d := putBlob(t, s, random(32<<20, 50))
+	if err := os.Chtimes(s.blobPath(d), time.Now(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.open(t.Context(), d, 0); !errors.Is(err, errBusy) {
+		t.Errorf("error %v", err)
+	}
+	b, err := s.open(t.Context(), d, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+}
+
 // TestOneWriter has a manifest and a download of the same content, which must
 // not write to one file.
 func TestOneWriter(t *testing.T) {

@@ -18,9 +18,15 @@ import (
 
 // registry is one registry that the cache answers for.
 type registry struct {
-	host         string
-	tagsUpstream bool
-	upstreams    []*upstream
+	host      string
+	cfg       Registry
+	upstreams []*upstream
+}
+
+func (reg *registry) closeIdle() {
+	for _, up := range reg.upstreams {
+		up.transport.CloseIdleConnections()
+	}
 }
 
 // upstream is one server of a registry.
@@ -37,7 +43,7 @@ type upstream struct {
 }
 
 func newRegistry(host string, cfg Registry, t Timeouts, log *slog.Logger) (*registry, error) {
-	reg := &registry{host: host, tagsUpstream: cfg.TagsUpstream}
+	reg := &registry{host: host, cfg: cfg}
 	for _, u := range cfg.Upstreams {
 		base, err := u.parse()
 		if err != nil {
