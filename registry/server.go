@@ -51,6 +51,9 @@ const drainTime = 4 * time.Second
 // What has arrived is kept for it to go on from.
 const stallTime = time.Minute
 
+// silentTime is how long a connection may still bring its first request then.
+const silentTime = 500 * time.Millisecond
+
 // Server is one replica.
 type Server struct {
 	cfg     Config
@@ -101,6 +104,8 @@ func (s *Server) Run(ctx context.Context) error {
 		return errors.New("registry: Listener is nil")
 	}
 	srv := s.httpServer()
+	silent := newSilentConns()
+	srv.ConnState = silent.track
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		if err := s.serve(srv); !errors.Is(err, http.ErrServerClosed) {
@@ -112,6 +117,7 @@ func (s *Server) Run(ctx context.Context) error {
 		<-ctx.Done()
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 		defer cancel()
+		defer time.AfterFunc(silentTime, silent.close).Stop()
 		if srv.Shutdown(drain) == nil {
 			return nil
 		}

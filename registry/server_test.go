@@ -2,10 +2,12 @@ package registry
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -326,5 +328,42 @@ func TestMetrics(t *testing.T) {
 		if !found[want] {
 			t.Errorf("no metric %q in %v", want, found)
 		}
+	}
+}
+
+// TestSilentConnectionsDoNotHoldUpTheEnd opens a connection and says nothing.
+func TestSilentConnectionsDoNotHoldUpTheEnd(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(Config{Store: openStore(t), Listener: l})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// A request on another connection: the server accepts in order, so the
+	// silent one has been accepted too.
+	resp, err := http.Get("http://" + l.Addr().String() + "/v2/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	http.DefaultClient.CloseIdleConnections()
+
+	start := time.Now()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > drainTime-time.Second {
+		t.Errorf("the end took %s", took)
 	}
 }
