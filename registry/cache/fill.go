@@ -167,6 +167,13 @@ func (f *fill) open() (*os.File, error) {
 	return os.Open(f.path)
 }
 
+// whole reports whether every byte is on the disk and right.
+func (f *fill) whole() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.state == verified || f.state == finished
+}
+
 // join and leave count the readers. A fill without any goes on for a while.
 func (f *fill) join() {
 	f.mu.Lock()

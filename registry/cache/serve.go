@@ -166,7 +166,7 @@ func servePing(w http.ResponseWriter) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
-	io.WriteString(w, "{}\n")
+	_, _ = io.WriteString(w, "{}\n")
 }
 
 func (c *Cache) writeManifest(w http.ResponseWriter, r *http.Request, m *manifest, how outcome) {
@@ -255,7 +255,7 @@ func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) e
 // serveStored answers with b, and closes it. The error is errAgain if b turned
 // out to be damaged.
 func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request, b *blob) error {
-	defer b.Close()
+	defer func() { _ = b.Close() }()
 	detail, err := c.permit(r.Context(), rq)
 	if err != nil {
 		return err
@@ -325,9 +325,13 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 		return c.fillFailed(w, r, rq, err, started)
 	}
 	if !started {
-		how = missJoined
-		if _, err := c.permit(ctx, rq); err != nil {
+		detail, err := c.permit(ctx, rq)
+		if err != nil {
 			return err
+		}
+		how = missJoined
+		if f.whole() {
+			how = hit(detail) // all of it is on the disk; only its place in the store is to come
 		}
 	}
 	s, ok := rng.of(size)
@@ -401,7 +405,7 @@ func (c *Cache) follow(ctx context.Context, w http.ResponseWriter, f *fill, file
 		limit, ok := f.readable(pos)
 		if !ok {
 			if !flushed {
-				http.NewResponseController(w).Flush() // let the client know that bytes will come
+				_ = http.NewResponseController(w).Flush() // let the client know that bytes will come
 				flushed = true
 			}
 			var err error
@@ -537,7 +541,7 @@ func (c *Cache) serveReferrers(w http.ResponseWriter, r *http.Request, rq *reque
 	c.metrics.requests.WithLabelValues(kindReferrers.String(), how.result).Inc()
 	if r.Method == http.MethodGet {
 		h.Set("Content-Length", strconv.Itoa(len(list)))
-		w.Write(list)
+		_, _ = w.Write(list)
 	}
 	return nil
 }
