@@ -8,6 +8,7 @@ import (
 	"log"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -36,9 +37,12 @@ import (
 // testParent is a real registry. Tests push to it by one address; the syncer
 // reads it by another, where requests are counted and can be made to fail.
 type testParent struct {
-	host    string // for the syncer
-	push    string // for tests
+	host    string       // for the syncer
+	push    string       // for tests
+	pusher  *http.Client // of tests
 	handler http.Handler
+	// dial connects to host. nil: by the loopback network.
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	mu       sync.Mutex
 	requests []string         // METHOD PATH, of what the syncer asked
@@ -49,14 +53,91 @@ type testParent struct {
 
 func newTestParent(t testing.TB, opts ...registry.Option) *testParent {
 	t.Helper()
-	p := &testParent{sent: make(map[string]int64)}
-	p.handler = registry.New(append([]registry.Option{registry.Logger(log.New(io.Discard, "", 0))}, opts...)...)
+	p := newHandler(opts)
+	p.pusher = http.DefaultClient
 	push := httptest.NewServer(p.handler)
 	t.Cleanup(push.Close)
 	front := httptest.NewServer(p)
 	t.Cleanup(front.Close)
 	p.push, p.host = strings.TrimPrefix(push.URL, "http://"), strings.TrimPrefix(front.URL, "http://")
 	return p
+}
+
+func newHandler(opts []registry.Option) *testParent {
+	return &testParent{
+		sent:    make(map[string]int64),
+		handler: registry.New(append([]registry.Option{registry.Logger(log.New(io.Discard, "", 0))}, opts...)...),
+	}
+}
+
+// newTimedParent is a testParent for a synctest bubble: it is reached without
+// the kernel's network, so that time passes when everyone waits for it, and
+// however slow the machine is, not while anything is under way.
+func newTimedParent(t testing.TB, opts ...registry.Option) *testParent {
+	t.Helper()
+	p := newHandler(opts)
+	p.host, p.push = "127.0.0.1:1", "127.0.0.1:2"
+	p.pusher = &http.Client{Transport: direct{p.handler}}
+	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+	p.dial = l.dial
+	server := &http.Server{Handler: p, ErrorLog: log.New(io.Discard, "", 0)}
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = server.Serve(l) })
+	t.Cleanup(func() {
+		_ = server.Close()
+		wg.Wait()
+	})
+	return p
+}
+
+// pipeListener accepts what its dial connects.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *pipeListener) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case l.conns <- server:
+		return client, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+
+// direct has requests answered by a handler without any network.
+type direct struct{ http.Handler }
+
+func (d direct) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.Body == nil {
+		req = req.Clone(req.Context())
+		req.Body = http.NoBody
+	}
+	rec := httptest.NewRecorder()
+	d.ServeHTTP(rec, req)
+	resp := rec.Result()
+	resp.Request = req
+	return resp, nil
 }
 
 var blobPath = regexp.MustCompile(`/blobs/(sha256:[0-9a-f]{64})$`)
@@ -170,10 +251,17 @@ func (p *testParent) ref(t testing.TB, s string) name.Reference {
 	return ref
 }
 
+func (p *testParent) transport() []remote.Option {
+	if p.pusher.Transport == nil {
+		return nil
+	}
+	return []remote.Option{remote.WithTransport(p.pusher.Transport)}
+}
+
 // pushImage pushes under REPOSITORY:TAG and returns the digest.
 func (p *testParent) pushImage(t testing.TB, where string, img ggcr.Image) digest.Digest {
 	t.Helper()
-	if err := remote.Write(p.ref(t, where), img); err != nil {
+	if err := remote.Write(p.ref(t, where), img, p.transport()...); err != nil {
 		t.Fatal(err)
 	}
 	return digestOf(t, img)
@@ -181,7 +269,7 @@ func (p *testParent) pushImage(t testing.TB, where string, img ggcr.Image) diges
 
 func (p *testParent) pushIndex(t testing.TB, where string, index ggcr.ImageIndex) digest.Digest {
 	t.Helper()
-	if err := remote.WriteIndex(p.ref(t, where), index); err != nil {
+	if err := remote.WriteIndex(p.ref(t, where), index, p.transport()...); err != nil {
 		t.Fatal(err)
 	}
 	return digestOf(t, index)
@@ -204,7 +292,7 @@ func (p *testParent) put(t testing.TB, path, mediaType string, body []byte) dige
 		t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", mediaType)
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := p.pusher.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +309,7 @@ func (p *testParent) delete(t testing.TB, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := p.pusher.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -310,6 +398,7 @@ func newFixtureAt(t testing.TB, root string, p *testParent, configure func(*Conf
 	if f.Syncer, err = New(config); err != nil {
 		t.Fatal(err)
 	}
+	f.dial = p.dial
 	f.limits.backoff = time.Millisecond
 	f.limits.maxBackoff = 5 * time.Millisecond
 	return f
@@ -365,18 +454,6 @@ func (f *fixture) read(ctx context.Context, repository string, d digest.Digest) 
 		return fmt.Errorf("%s has the bytes of %s: %w", d, actual, err)
 	}
 	return nil
-}
-
-// fetched is how many bytes of blobs have been told of.
-func (f *fixture) fetched() (total int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, e := range f.events {
-		if e.Kind == EventFetched {
-			total += e.Bytes
-		}
-	}
-	return total
 }
 
 // verifyHere reads everything that a manifest needs and checks every digest.

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	ggcr "github.com/google/go-containerregistry/pkg/v1"
@@ -98,6 +99,7 @@ func TestSyncKilled(t *testing.T) {
 	root := t.TempDir()
 	var mu sync.Mutex
 	onDisk := make(map[string]int64) // bytes of blobs when the last process died
+	var served *ration
 	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
 		m := blobPath.FindStringSubmatch(r.URL.Path)
 		if m == nil {
@@ -109,21 +111,34 @@ func TestSyncKilled(t *testing.T) {
 		if offset < onDisk[m[1]] {
 			t.Errorf("%s was asked for from %d, and %d bytes of it were here", m[1], offset, onDisk[m[1]])
 		}
+		ration := served
 		mu.Unlock()
 		// Bytes come in small pieces, so that a kill meets many blobs in flight.
-		p.handler.ServeHTTP(&pacedWriter{ResponseWriter: w, piece: 32 << 10, pause: time.Millisecond}, r)
+		paced := &pacedWriter{ResponseWriter: w, piece: 32 << 10, pause: time.Millisecond}
+		p.handler.ServeHTTP(&rationedWriter{paced, r.Context(), ration}, r)
 		return true
 	})
 	const kills = 8
 	for kill := range kills {
+		ration := newRation(1_000_000)
+		mu.Lock()
+		served = ration
+		mu.Unlock()
 		cmd, out := startChild(t, p, root, "app0 app1")
-		for want := p.bytesSent() + 1_000_000; p.bytesSent() < want; {
-			time.Sleep(time.Millisecond) // poll the counter, which nothing else announces
+		ended := make(chan struct{})
+		go func() {
+			_ = cmd.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ration.spent:
+		case <-ended:
+			t.Fatalf("child %d ended: %s", kill, out)
 		}
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		_ = cmd.Wait()
+		<-ended
 		if out.Len() > 0 {
 			t.Fatalf("child %d said: %s", kill, out)
 		}
@@ -132,6 +147,9 @@ func TestSyncKilled(t *testing.T) {
 		onDisk = bytesOnDisk(t, root, images)
 		mu.Unlock()
 	}
+	mu.Lock()
+	served = newRation(1 << 40)
+	mu.Unlock()
 	cmd, out := startChild(t, p, root, "app0 app1")
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -173,6 +191,43 @@ func bytesOnDisk(t *testing.T, root string, images []ggcr.Image) map[string]int6
 		}
 	}
 	return sizes
+}
+
+// ration is how many bytes a parent sends to a process before it sends nothing
+// more.
+type ration struct {
+	left  atomic.Int64
+	once  sync.Once
+	spent chan struct{} // closed when none is left
+}
+
+func newRation(bytes int64) *ration {
+	r := &ration{spent: make(chan struct{})}
+	r.left.Store(bytes)
+	return r
+}
+
+// rationedWriter waits for the client to go when its ration is spent.
+type rationedWriter struct {
+	*pacedWriter
+	ctx    context.Context // of the request
+	ration *ration
+}
+
+func (w *rationedWriter) Write(b []byte) (n int, err error) {
+	for chunk := range slices.Chunk(b, w.piece) {
+		if w.ration.left.Add(-int64(len(chunk))) < 0 {
+			w.ration.once.Do(func() { close(w.ration.spent) })
+			<-w.ctx.Done()
+			return n, context.Cause(w.ctx)
+		}
+		m, err := w.pacedWriter.Write(chunk)
+		n += m
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 // pacedWriter sends in small pieces with pauses between.
@@ -470,8 +525,10 @@ func TestDistrust(t *testing.T) {
 	}
 }
 
-func TestSyncWrongBlobIsPutOff(t *testing.T) {
-	p := newTestParent(t)
+func TestSyncWrongBlobIsPutOff(t *testing.T) { synctest.Test(t, testSyncWrongBlobIsPutOff) }
+
+func testSyncWrongBlobIsPutOff(t *testing.T) {
+	p := newTimedParent(t)
 	p.pushImage(t, "app:1", testImage(t, "x", testLayer(1, 100_000)))
 	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
 		if strings.Contains(r.URL.Path, "/blobs/") {

@@ -82,21 +82,24 @@ func TestRecurEndsWhileItWaits(t *testing.T) {
 	})
 }
 
-func TestRunUntilCancelled(t *testing.T) {
-	p := newTestParent(t)
+func TestRunUntilCancelled(t *testing.T) { synctest.Test(t, testRunUntilCancelled) }
+
+func testRunUntilCancelled(t *testing.T) {
+	p := newTimedParent(t)
 	img := testImage(t, "x", testLayer(1, 1000))
 	p.pushImage(t, "app:1", img)
 	f := newFixture(t, p, exactly("app")...)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- f.Run(ctx) }()
-	for f.Status().NextSyncTime == nil {
-		time.Sleep(time.Millisecond) // until the first one has ended
-	}
+	synctest.Wait() // until the first one has ended
 	status := f.Status()
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+	if status.NextSyncTime == nil {
+		t.Fatal("the next one is not announced")
 	}
 	if status.ConnectionState != v1alpha1.ConnectionStateOnline || status.RegistrySyncResult.SyncTrigger != v1alpha1.SyncTriggerInitial {
 		t.Errorf("%+v", status)
@@ -115,56 +118,59 @@ func TestSyncStopsAndGoesOn(t *testing.T) {
 		state  v1alpha1.SyncState
 		want   string
 	}{
-		"window": {500 * time.Millisecond, v1alpha1.SyncStateTimedOut, errWindow.Error()},
+		"window": {5 * time.Second, v1alpha1.SyncStateTimedOut, errWindow.Error()},
 		"cancel": {0, v1alpha1.SyncStateFailed, context.Canceled.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newTestParent(t)
-			img := testImage(t, "x", testLayer(1, 1_000_000))
-			d := p.pushImage(t, "app:1", img)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			var f *fixture
-			p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
-				if !strings.Contains(r.URL.Path, "/blobs/") {
-					return false
-				}
-				p.handler.ServeHTTP(&hangingWriter{ResponseWriter: w, r: r, left: 400_000, hang: func() {
-					for tt.window == 0 && f.fetched() < 256<<10 {
-						time.Sleep(time.Millisecond) // until what was sent has arrived
-					}
-					if tt.window == 0 {
-						cancel()
-					}
-				}}, r)
-				return true
-			})
-			f = newFixtureAt(t, t.TempDir(), p, func(c *Config) {
-				c.Repositories = exactly("app")
-				c.Window = tt.window
-			})
-			start := time.Now()
-			result, err := f.Sync(ctx, v1alpha1.SyncTriggerSchedule)
-			if took := time.Since(start); took > 3*time.Second {
-				t.Errorf("took %s", took)
-			}
-			if result.State != tt.state || err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("%s: %v", result.State, err)
-			}
-			if left := result.Repositories[0].BytesLeft; left < 1_000_000 || f.tagDigest(t, "app", "1") != "" {
-				t.Errorf("%d bytes left", left)
-			}
-			if tt.window > 0 && f.Status().ConnectionState != v1alpha1.ConnectionStateOnline {
-				t.Errorf("%+v", f.Status())
-			}
-			p.setFault(nil)
-			p.reset()
-			f.mustSync(t)
-			f.verifyHere(t, "app", d, nil)
-			if p.bytesSent() > uniqueBytes(t, img)-300_000 {
-				t.Errorf("%d bytes were sent the second time", p.bytesSent())
-			}
+			synctest.Test(t, func(t *testing.T) { testSyncStopsAndGoesOn(t, tt.window, tt.state, tt.want) })
 		})
+	}
+}
+
+// testSyncStopsAndGoesOn lets the parent send a part of a layer and then nothing,
+// until the window ends, or the context without one.
+func testSyncStopsAndGoesOn(t *testing.T, window time.Duration, state v1alpha1.SyncState, want string) {
+	p := newTimedParent(t)
+	img := testImage(t, "x", testLayer(1, 1_000_000))
+	d := p.pushImage(t, "app:1", img)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, "/blobs/") {
+			return false
+		}
+		p.handler.ServeHTTP(&hangingWriter{ResponseWriter: w, r: r, left: 400_000, hang: func() {
+			if window == 0 {
+				synctest.Wait() // until what was sent has arrived
+				cancel()
+			}
+		}}, r)
+		return true
+	})
+	f := newFixtureAt(t, t.TempDir(), p, func(c *Config) {
+		c.Repositories = exactly("app")
+		c.Window = window
+	})
+	start := time.Now()
+	result, err := f.Sync(ctx, v1alpha1.SyncTriggerSchedule)
+	if took := time.Since(start); took != window {
+		t.Errorf("took %s", took)
+	}
+	if result.State != state || err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%s: %v", result.State, err)
+	}
+	if left := result.Repositories[0].BytesLeft; left < 1_000_000 || f.tagDigest(t, "app", "1") != "" {
+		t.Errorf("%d bytes left", left)
+	}
+	if window > 0 && f.Status().ConnectionState != v1alpha1.ConnectionStateOnline {
+		t.Errorf("%+v", f.Status())
+	}
+	p.setFault(nil)
+	p.reset()
+	f.mustSync(t)
+	f.verifyHere(t, "app", d, nil)
+	if p.bytesSent() > uniqueBytes(t, img)-300_000 {
+		t.Errorf("%d bytes were sent the second time", p.bytesSent())
 	}
 }
 

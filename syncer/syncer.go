@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -136,6 +137,9 @@ type Syncer struct {
 	store     *store
 	limits    limits
 	metrics   *metrics
+	// dial opens connections to the parent. nil: as net does; tests have a
+	// network of their own, whose time is theirs, too.
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// What is remembered from one synchronisation to the next.
 	checked    *checks
@@ -206,6 +210,9 @@ func (s *Syncer) newRun() *run {
 		progress:  s.config.Progress,
 		log:       s.config.Logger,
 		images:    make(chan struct{}, s.config.Concurrency),
+	}
+	if s.dial != nil {
+		r.parent.transport.DialContext = s.dial
 	}
 	r.fetcher = &fetcher{
 		parent:     r.parent,
