@@ -65,7 +65,7 @@ func (rq *request) learn(err error) {
 		rq.disk.ledger.revoke(rq.reader)
 		for _, challenge := range no.challenges {
 			if isBasic(challenge) {
-				rq.disk.notes.put(rq.challengeKey(), challenge) // without it, less works offline
+				_ = rq.disk.notes.put(rq.challengeKey(), challenge) // without it, less works offline
 			}
 		}
 	case http.StatusForbidden:

@@ -135,7 +135,7 @@ func (c *Cache) Run(ctx context.Context) error {
 		return nil
 	})
 	if c.cfg.Listener != nil {
-		c.serveListener(g, running)
+		c.serveListener(running, g)
 	}
 	g.Go(func() error {
 		<-running.Done()
@@ -158,7 +158,7 @@ func (c *Cache) Run(ctx context.Context) error {
 }
 
 // serveListener adds the HTTP server to g.
-func (c *Cache) serveListener(g *errgroup.Group, running context.Context) {
+func (c *Cache) serveListener(running context.Context, g *errgroup.Group) {
 	base, cancel := context.WithCancel(context.WithoutCancel(running))
 	srv := &http.Server{
 		Handler:           c,
@@ -181,7 +181,7 @@ func (c *Cache) serveListener(g *errgroup.Group, running context.Context) {
 		defer stop()
 		if srv.Shutdown(grace) != nil {
 			cancel()
-			srv.Close()
+			_ = srv.Close() // the listener is closed already
 		}
 		return nil
 	})

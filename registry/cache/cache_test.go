@@ -58,7 +58,7 @@ func newOrigin(t testing.TB) *origin {
 
 // Close ends the server without waiting for those who are stuck in it.
 func (o *origin) Close() {
-	o.Server.CloseClientConnections()
+	o.CloseClientConnections()
 	o.Server.Close()
 }
 
@@ -492,6 +492,41 @@ func TestManifests(t *testing.T) {
 	}
 	if len(o.asked) != 0 {
 		t.Errorf("the upstream was asked again: %q", o.asked)
+	}
+}
+
+// TestAsHandler serves a cache by somebody else's server.
+func TestAsHandler(t *testing.T) {
+	o := newOrigin(t)
+	body := random(1000, 3)
+	d := o.blob("app", body)
+	c, err := New(Config{Dir: t.TempDir(), Registries: upstreams(o.URL), Logger: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	get := func() *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		c.ServeHTTP(w, newGet(t.Context(), "http://cache"+blobURL("app", d))) // no ns: there is one registry
+		return w
+	}
+	for range 2 { // it can be run again
+		if w := get(); w.Code != http.StatusServiceUnavailable {
+			t.Errorf("not running: %d", w.Code)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Run(ctx) }()
+		(&node{t: t}).await(func() bool { return c.disk.Load() != nil })
+		if w := get(); w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), body) {
+			t.Errorf("running: %d %s", w.Code, w.Body)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+	if got := o.count("GET"); got != 1 {
+		t.Errorf("%d fetches", got)
 	}
 }
 

@@ -66,9 +66,9 @@ func (c *containerd) reset() {
 	c.store = store
 }
 
-// pull fetches an image with everything it consists of, each blob in parallel
+// pull fetches imageRef with everything it consists of, each blob in parallel
 // parts if parallel is more than 1.
-func (c *containerd) pull(ref string, parallel int) error {
+func (c *containerd) pull(parallel int) error {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
 	log.L.Logger.SetOutput(io.Discard)
@@ -90,7 +90,7 @@ func (c *containerd) pull(ref string, parallel int) error {
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: config.ConfigureHosts(ctx, options)})
 	resolver.(remotes.ResolverWithOptions).SetOptions(
 		transfer.WithMaxConcurrentDownloads(parallel), transfer.WithConcurrentLayerFetchBuffer(1<<20))
-	name, desc, err := resolver.Resolve(ctx, ref)
+	name, desc, err := resolver.Resolve(ctx, imageRef)
 	if err != nil {
 		return err
 	}
@@ -149,7 +149,7 @@ func TestContainerdPulls(t *testing.T) {
 					direct.Close()
 				}
 				c.reset()
-				if err := c.pull(imageRef, parallel); err != nil {
+				if err := c.pull(parallel); err != nil {
 					t.Fatalf("%s: %v", phase, err)
 				}
 				for _, body := range all {
@@ -187,7 +187,7 @@ func TestContainerdPullsPrivate(t *testing.T) {
 	mallory := newContainerd(t, n.url, refusing(t))
 	for _, phase := range []string{"cold", "offline"} {
 		alice.reset()
-		if err := alice.pull(imageRef, 1); err != nil {
+		if err := alice.pull(1); err != nil {
 			t.Fatalf("%s: %v", phase, err)
 		}
 		for _, body := range all {
@@ -195,7 +195,7 @@ func TestContainerdPullsPrivate(t *testing.T) {
 		}
 		for _, user := range []string{"", "mallory"} {
 			mallory.user = user
-			if err := mallory.pull(imageRef, 1); err == nil {
+			if err := mallory.pull(1); err == nil {
 				t.Errorf("%s: %q could pull", phase, user)
 			}
 		}
@@ -261,10 +261,10 @@ func TestContainerdFaults(t *testing.T) {
 				}
 				n := start(t, Config{Registries: upstreams(url), Timeouts: hasty})
 				c := newContainerd(t, n.url, direct.URL)
-				err := c.pull(imageRef, parallel)
+				err := c.pull(parallel)
 				if tt.again && err != nil {
 					c.reset() // as containerd's own cleaning does
-					err = c.pull(imageRef, parallel)
+					err = c.pull(parallel)
 				}
 				if err != nil {
 					t.Fatal(err)

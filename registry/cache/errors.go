@@ -84,5 +84,5 @@ func (e *refusal) write(w http.ResponseWriter) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(e.status)
-	w.Write(body) // a client that has gone needs no answer
+	_, _ = w.Write(body) // a client that has gone needs no answer
 }

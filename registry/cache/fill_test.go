@@ -116,7 +116,7 @@ func TestParallelChunks(t *testing.T) {
 		}
 		defer resp.Body.Close()
 		part := got[at:min(at+chunk, len(got))]
-		if _, err := io.ReadFull(resp.Body, part); err != nil || resp.StatusCode != 206 {
+		if _, err := io.ReadFull(resp.Body, part); err != nil || resp.StatusCode != http.StatusPartialContent {
 			t.Errorf("at %d: %d, %v", at, resp.StatusCode, err)
 		}
 	}

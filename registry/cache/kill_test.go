@@ -88,7 +88,7 @@ func TestKilledMidPull(t *testing.T) {
 	p := startProcess(t, dir, o.URL)
 	c := newContainerd(t, p.url, direct.URL)
 	pulled := make(chan error)
-	go func() { pulled <- c.pull(imageRef, 1) }()
+	go func() { pulled <- c.pull(1) }()
 	st := &store{dir: dir}
 	awaitFile(t, func() bool {
 		fi, err := os.Stat(st.partialPath(d))
@@ -108,7 +108,7 @@ func TestKilledMidPull(t *testing.T) {
 
 	p = startProcess(t, dir, o.URL)
 	c = newContainerd(t, p.url, refusing(t))
-	if err := c.pull(imageRef, 1); err != nil {
+	if err := c.pull(1); err != nil {
 		t.Fatal(err)
 	}
 	for _, body := range all {

@@ -102,7 +102,7 @@ func (c *Cache) manifestHere(ctx context.Context, st *store, d digest.Digest) (*
 	if err != nil {
 		return nil, err
 	}
-	defer b.Close()
+	defer func() { _ = b.Close() }()
 	if b.size > maxManifest {
 		return nil, fs.ErrNotExist
 	}

@@ -112,7 +112,7 @@ func (s *source) read(ctx context.Context, p []byte) (int, error) {
 
 // broke decides what the end of a body before its time means: nil to go on.
 func (s *source) broke(ctx context.Context, err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	up := s.body.upstream

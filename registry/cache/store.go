@@ -249,7 +249,7 @@ func (s *store) use(d digest.Digest, size int64, f *os.File) *entry {
 	if record {
 		// The zero time leaves the seal alone. If this does not work, the order
 		// of use is lost at a restart, no more.
-		os.Chtimes(f.Name(), now, time.Time{})
+		_ = os.Chtimes(f.Name(), now, time.Time{})
 	}
 	return e
 }
@@ -266,7 +266,7 @@ func (s *store) touch(d digest.Digest) {
 	}
 	s.mu.Unlock()
 	if record {
-		os.Chtimes(s.blobPath(d), now, time.Time{})
+		_ = os.Chtimes(s.blobPath(d), now, time.Time{})
 	}
 }
 

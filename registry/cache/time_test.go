@@ -88,14 +88,13 @@ func (n *network) serve(t *testing.T, name string) *origin {
 }
 
 // run starts a cache whose upstreams are the names, with the default timeouts.
-func (n *network) run(t *testing.T, cfg Config, names ...string) *node {
+func (n *network) run(t *testing.T, names ...string) *node {
 	t.Helper()
 	var urls []string
 	for _, name := range names {
 		urls = append(urls, "http://"+name)
 	}
-	cfg.Dir, cfg.Logger, cfg.Registries = t.TempDir(), quiet(), upstreams(urls...)
-	cfg.Listener = n.listen("cache:80")
+	cfg := Config{Dir: t.TempDir(), Logger: quiet(), Registries: upstreams(urls...), Listener: n.listen("cache:80")}
 	c, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -207,7 +206,7 @@ func TestNoWaitOverTwoSeconds(t *testing.T) {
 		for _, kind := range []string{"blob", "manifest", "tag"} {
 			bubble(t, tt.name+"/"+kind, func(t *testing.T, net *network) {
 				tt.up(t, net)
-				n := net.run(t, Config{}, "up:80")
+				n := net.run(t, "up:80")
 				d := digest.FromBytes(small)
 				path := map[string]string{"blob": blobURL("app", d), "manifest": manifestURL("app", d.String()), "tag": manifestURL("app", "v1")}[kind]
 				r := n.get(path)
@@ -226,7 +225,7 @@ func TestNoWaitOverTwoSeconds(t *testing.T) {
 // does not answer, and that the upstream gets another chance later.
 func TestSilenceCostsOnce(t *testing.T) {
 	bubble(t, "", func(t *testing.T, net *network) {
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		var total time.Duration
 		for i := range 30 {
 			r := n.get(blobURL("app", digest.FromString(strconv.Itoa(i))))
@@ -249,7 +248,7 @@ func TestSilenceCostsOnce(t *testing.T) {
 // did not answer before.
 func TestOneProbe(t *testing.T) {
 	bubble(t, "", func(t *testing.T, net *network) {
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		n.get(blobURL("app", digest.FromString("first")))
 		time.Sleep(6 * time.Second)
 		var wg sync.WaitGroup
@@ -289,7 +288,7 @@ func TestNextUpstreamInTime(t *testing.T) {
 				net.serve(t, "first:80").setFront(tt.front)
 			}
 			d := net.serve(t, "second:80").blob("app", body)
-			n := net.run(t, Config{}, "first:80", "second:80")
+			n := net.run(t, "first:80", "second:80")
 			r := n.get(blobURL("app", d))
 			n.wantBlob(r, body, "fwd=miss; stored")
 			if r.took != tt.wait {
@@ -306,7 +305,7 @@ func TestStallMidBody(t *testing.T) {
 		o := net.serve(t, "up:80")
 		d := o.blob("app", body)
 		o.setFront(stallAt(body, 6<<20))
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		r := n.get(blobURL("app", d))
 		if r.status != 200 || !errors.Is(r.err, io.ErrUnexpectedEOF) || !bytes.Equal(r.body, body[:6<<20]) {
 			t.Errorf("%d, %d bytes, %v", r.status, len(r.body), r.err)
@@ -341,7 +340,7 @@ func TestBothStall(t *testing.T) {
 		d := digest.FromBytes(body)
 		net.serve(t, "first:80").setFront(stallAt(body, 0))
 		net.serve(t, "second:80").setFront(stallAt(body, 0))
-		n := net.run(t, Config{}, "first:80", "second:80")
+		n := net.run(t, "first:80", "second:80")
 		if r := n.get(blobURL("app", d)); r.status == 200 && len(r.body) != 0 || r.took > 3*time.Second {
 			t.Errorf("%d, %d bytes after %s", r.status, len(r.body), r.took)
 		}
@@ -369,7 +368,7 @@ func TestSlowIsNotStalled(t *testing.T) {
 				}
 				return true
 			})
-			n := net.run(t, Config{}, "up:80")
+			n := net.run(t, "up:80")
 			r := n.get(blobURL("app", d))
 			n.wantBlob(r, body, "fwd=miss; stored")
 			if want := time.Duration(size/10_000) * time.Second; r.took < want || r.took > want+5*time.Second {
@@ -385,7 +384,7 @@ func TestTagDeadline(t *testing.T) {
 	bubble(t, "", func(t *testing.T, net *network) {
 		o := net.serve(t, "up:80")
 		o.manifest("app", "v1", testManifest())
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		n.get(manifestURL("app", "v1"))
 		o.setFront(hang)
 		for i := range 5 {
@@ -416,7 +415,7 @@ func TestUnreadDownloadEnds(t *testing.T) {
 			}
 			return true
 		})
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		resp, err := n.client.Do(newGet(t.Context(), n.url+blobURL("app", d)+"?ns="+testHost))
 		if err != nil {
 			t.Fatal(err)
@@ -455,7 +454,7 @@ func TestStopsSoon(t *testing.T) {
 			}
 			return true
 		})
-		n := net.run(t, Config{}, "up:80")
+		n := net.run(t, "up:80")
 		done := make(chan reply)
 		go func() { done <- n.get(blobURL("app", d)) }()
 		time.Sleep(3 * time.Second)

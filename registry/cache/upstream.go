@@ -388,7 +388,7 @@ func (b *body) Read(p []byte) (int, error) {
 	} else if b.waited >= b.stall && err == nil {
 		err = errStalled
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		if cause := context.Cause(b.Request.Context()); cause != nil {
 			err = cause
 		}
