@@ -181,6 +181,7 @@ func (f *fetcher) complete(ctx context.Context, u *upload, repository string, de
 		return errors.Join(errWrongBytes, u.discard(cleanup))
 	}
 	if err != nil {
+		_ = u.discard(cleanup)
 		return storing(repository, desc.Digest, err)
 	}
 	return nil

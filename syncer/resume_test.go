@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/distribution/distribution/v3/registry/storage/driver"
 	ggcr "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -401,8 +403,10 @@ func TestSyncFullDisk(t *testing.T) {
 	p.pushImage(t, "large:1", large)
 	root := t.TempDir()
 	cmd, out := startChild(t, p, root, "large small", "SYNCER_TEST_FILE_SIZE=300000")
-	if err := cmd.Wait(); err == nil || !strings.Contains(out.String(), "storing large@sha256:") || !strings.Contains(out.String(), "file too large") {
-		t.Errorf("%v: %s", err, out)
+	layer := digestOf(t, testLayer(2, 900_000))
+	want := "large:1: storing large@" + layer.String() + " in " + root + ": file too large: free space on the volume of the data directory, or choose another with --data\n"
+	if err := cmd.Wait(); err == nil || out.String() != want {
+		t.Errorf("%v: %s\nwant %s", err, out, want)
 	}
 	f := newFixtureAt(t, root, p, func(c *Config) { c.Repositories = exactly("large", "small") })
 	if f.tagDigest(t, "small", "1") != digestOf(t, small) || f.tagDigest(t, "large", "1") != "" {
@@ -416,6 +420,27 @@ func TestSyncFullDisk(t *testing.T) {
 	f.verifyHere(t, "large", digestOf(t, large), nil)
 	if p.bytesSent() >= uniqueBytes(t, large, small) {
 		t.Errorf("%d bytes were sent again", p.bytesSent())
+	}
+}
+
+// However the storage reports a full disk, it is one line with a remedy and
+// without the names of files that come and go.
+func TestWritingNamesTheRemedy(t *testing.T) {
+	file := func(errno syscall.Errno) error {
+		return &fs.PathError{Op: "write", Path: "/data/docker/registry/v2/blobs/x.tmp", Err: errno}
+	}
+	gone := driver.PathNotFoundError{Path: "/docker/registry/v2/blobs/x.tmp", DriverName: "filesystem"}
+	remedy := ": free space on the volume of the data directory, or choose another with --data"
+	for want, err := range map[string]error{
+		"storing a in /data: no space left on device" + remedy: file(syscall.ENOSPC),
+		"storing a in /data: disk quota exceeded" + remedy:     errors.Join(file(syscall.EDQUOT), gone),
+		"storing a in /data: file too large" + remedy:          fmt.Errorf("wrapped: %w", driver.Error{DriverName: "filesystem", Detail: errors.Join(file(syscall.EFBIG), gone)}),
+		"storing a: no space left on device" + remedy:          syscall.ENOSPC,
+		"storing a: input/output error":                        syscall.EIO,
+	} {
+		if got := writing("storing a", err); got.Error() != want {
+			t.Errorf("%s\nwant %s", got, want)
+		}
 	}
 }
 

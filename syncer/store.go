@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"strings"
 	"sync"
@@ -54,13 +55,36 @@ func (e errSize) Error() string {
 	return fmt.Sprintf("a manifest says that %s has %d bytes, and it has %d", e.digest, e.says, e.actually)
 }
 
-// storing says that something could not be stored, and what to do about it.
+// storing says that content could not be stored.
 func storing(repository string, d digest.Digest, err error) error {
-	remedy := ""
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		remedy = ": free space on the volume of the data directory"
+	return writing(fmt.Sprintf("storing %s@%s", repository, d), err)
+}
+
+// writing says that the storage could not take something. Of a full disk it
+// names the data directory and the remedy, rather than the file that was being
+// written, which nobody outside knows.
+func writing(what string, err error) error {
+	detail := err
+	if e, ok := errors.AsType[driver.Error](err); ok {
+		detail = e.Detail // it hides what is inside from errors.Is
 	}
-	return fmt.Errorf("storing %s@%s: %w%s", repository, d, err, remedy)
+	for _, full := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if errors.Is(detail, full) {
+			return fmt.Errorf("%s%s: %w: free space on the volume of the data directory, or choose another with --data", what, inDirectory(detail), full)
+		}
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// inDirectory is " in DIRECTORY", the one that holds the registry's tree, or ""
+// if the error does not name a file of that.
+func inDirectory(err error) string {
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		if root, _, ok := strings.Cut(e.Path, treeRoot+"/"); ok {
+			return " in " + root
+		}
+	}
+	return ""
 }
 
 // hasBlob reports whether a repository has a blob, whole.
@@ -108,7 +132,7 @@ func (s *store) link(ctx context.Context, repository string, desc v1.Descriptor)
 	if err == nil {
 		err = errors.Join(errors.New("the link was not made"), w.Cancel(ctx))
 	}
-	return false, fmt.Errorf("linking %s into %s: %w", desc.Digest, repository, err)
+	return false, writing(fmt.Sprintf("linking %s into %s", desc.Digest, repository), err)
 }
 
 // linkOption mounts a blob into a repository without asking any other whether it
@@ -210,15 +234,18 @@ func (s *store) setTag(ctx context.Context, repository, tag string, d digest.Dig
 		return err
 	}
 	if err := repo.Tags(ctx).Tag(ctx, tag, v1.Descriptor{Digest: d}); err != nil {
-		return fmt.Errorf("writing tag %s:%s: %w", repository, tag, err)
+		return writing(fmt.Sprintf("writing tag %s:%s", repository, tag), err)
 	}
 	return nil
 }
 
+// treeRoot is where distribution keeps everything, below the data directory.
+const treeRoot = "/docker/registry/v2"
+
 // uploads is where distribution keeps the uploads of a repository that are under
 // way, each in a directory called by its id.
 func uploads(repository string) string {
-	return "/docker/registry/v2/repositories/" + repository + "/_uploads"
+	return treeRoot + "/repositories/" + repository + "/_uploads"
 }
 
 // uploadID is the id of our upload of a blob: always the same for the same blob,
