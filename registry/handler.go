@@ -120,7 +120,7 @@ func (s *Server) fail(w *recorder, r *http.Request, err error) {
 // recovered turns a panic into an answer and a log line. http.ErrAbortHandler is
 // net/http's own way to break a connection off.
 func (s *Server) recovered(w *recorder, r *http.Request, p any) {
-	if p == http.ErrAbortHandler {
+	if p == http.ErrAbortHandler { //nolint:errorlint // net/http compares like this
 		panic(p)
 	}
 	s.log.Error("request panicked", "method", r.Method, "path", r.URL.Path, "panic", p, "stack", string(debug.Stack()))

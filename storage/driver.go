@@ -179,7 +179,7 @@ func (d *driver) untilPlaced(path string, place func() error) error {
 // cause takes the wrapping off an error of the driver underneath, which hides
 // what is inside from errors.Is.
 func cause(err error) error {
-	if wrapped, ok := err.(storagedriver.Error); ok {
+	if wrapped, ok := err.(storagedriver.Error); ok { //nolint:errorlint // it is the outermost that is taken off
 		return wrapped.Detail
 	}
 	return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"iter"
 	"os"
@@ -302,6 +303,9 @@ func (s *Store) readLink(driverPath string) (digest.Digest, error) {
 	defer f.Close()
 	var buf [256]byte // the longest digest, sha512, has 135
 	n, err := f.Read(buf[:])
+	if err != nil && err != io.EOF {
+		return "", err
+	}
 	d := digest.Digest(buf[:n])
 	if n == 0 || d.Validate() != nil {
 		return "", &fs.PathError{Op: "readlink", Path: file, Err: fs.ErrNotExist}

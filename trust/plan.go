@@ -291,8 +291,7 @@ func (s *session) former(name string) (*formerFile, error) {
 		f.Mode = 0
 		name, err = s.resolve(name)
 		if err != nil {
-			// A link to nowhere is an absent file to containerd.
-			return f, nil
+			return f, nil //nolint:nilerr // a link to nowhere is an absent file to containerd
 		}
 		if info, err = s.root.Lstat(name); err == nil {
 			f.Mode = info.Mode().Perm()
@@ -340,8 +339,7 @@ func (s *session) defaultConfig(dir string) (f foreign, copies map[string][]byte
 	}
 	real, err := s.resolve(fallback)
 	if err != nil {
-		// A link to nowhere: containerd takes it as absent.
-		return foreign{}, nil, nil
+		return foreign{}, nil, nil //nolint:nilerr // a link to nowhere is absent to containerd
 	}
 	before, err := s.original(path.Join(real, hostsFile))
 	if err != nil {
