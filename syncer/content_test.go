@@ -2,6 +2,7 @@ package syncer
 
 import (
 	"encoding/json"
+	"iter"
 	"net/http"
 	"slices"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // multiPlatform is an index of three platforms, with an attestation for two of
@@ -159,33 +161,50 @@ func TestSyncReferrers(t *testing.T) {
 			}
 
 			// Descriptors say what a client filters by.
-			index, _, err := f.newRun().newRepository("app", nil).stored(t.Context(), f.tagDigest(t, "app", schemaTag(d)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, desc := range index.children {
-				if desc.Digest == digestOf(t, sbom) && (desc.ArtifactType != "application/vnd.example.sbom" || desc.Annotations["about"] != "bill" || desc.MediaType != v1.MediaTypeImageManifest) {
-					t.Errorf("%+v", desc)
+			for desc, err := range referrersOf(t, f, d) {
+				if err != nil || desc.Digest == digestOf(t, sbom) && (desc.ArtifactType != "application/vnd.example.sbom" || desc.Annotations["about"] != "bill" || desc.MediaType != v1.MediaTypeImageManifest) {
+					t.Errorf("%+v %v", desc, err)
 				}
 			}
 
 			// What was attached here stays when more comes from the parent.
-			local := v1.Descriptor{MediaType: v1.MediaTypeImageManifest, Digest: digest.FromString("local"), Size: 5}
-			if err := f.newRun().newRepository("app", nil).listReferrers(t.Context(), d, []v1.Descriptor{local}); err != nil {
+			local, err := attach(t, img, "application/vnd.example.note", "local").RawManifest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := repositoryHere(t, f).PutManifest(t.Context(), digest.FromBytes(local), local); err != nil {
 				t.Fatal(err)
 			}
 			late := attach(t, img, "application/vnd.example.signature", "late")
 			p.pushImage(t, "app@"+digestOf(t, late).String(), late)
 			f.mustSync(t)
-			if got := referrersHere(t, f, d); !slices.Equal(got, sorted(digestOf(t, signature), digestOf(t, sbom), digestOf(t, late), local.Digest)) {
+			if got := referrersHere(t, f, d); !slices.Equal(got, sorted(digestOf(t, signature), digestOf(t, sbom), digestOf(t, late), digest.FromBytes(local))) {
 				t.Errorf("the image has the referrers %s", got)
 			}
-			before := f.tagDigest(t, "app", schemaTag(d))
-			f.mustSync(t)
-			if f.tagDigest(t, "app", schemaTag(d)) != before {
-				t.Error("the index was written again though nothing changed")
+			// The list of the tag schema is the parent's; here the storage lists.
+			if got := f.tagDigest(t, "app", schemaTag(d)); got != "" {
+				t.Errorf("the tag of the referrers tag schema stands for %s", got)
 			}
 		})
+	}
+}
+
+// A tag of the referrers tag schema that is selected by its name is brought like
+// any other.
+func TestSyncSelectedSchemaTag(t *testing.T) {
+	p := newTestParent(t)
+	img := testImage(t, "x", testLayer(1, 1000))
+	d := p.pushImage(t, "app:1", img)
+	signature := attach(t, img, "application/vnd.example.signature", "signed")
+	p.pushImage(t, "app@"+digestOf(t, signature).String(), signature)
+	f := newFixtureAt(t, t.TempDir(), p, func(c *Config) {
+		c.Repositories = []v1alpha1.Repository{{Name: "app", Tags: v1alpha1.Tags{Include: []string{"1", schemaTag(d)}}}}
+		c.Referrers = false
+	})
+	f.mustSync(t)
+	f.verifyHere(t, "app", f.tagDigest(t, "app", schemaTag(d)), nil)
+	if got := referrersHere(t, f, d); !slices.Equal(got, sorted(digestOf(t, signature))) {
+		t.Errorf("the image has the referrers %s", got)
 	}
 }
 
@@ -238,13 +257,30 @@ func TestSyncReferrersFail(t *testing.T) {
 	}
 }
 
-func referrersHere(t *testing.T, f *fixture, subject digest.Digest) []digest.Digest {
+func repositoryHere(t *testing.T, f *fixture) storage.Repository {
 	t.Helper()
-	listed, err := f.newRun().newRepository("app", nil).listedHere(t.Context(), schemaTag(subject))
+	r, err := f.store.Repository("app")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return descriptors(listed)
+	return r
+}
+
+// referrersOf is what the storage lists, from which the registry answers.
+func referrersOf(t *testing.T, f *fixture, subject digest.Digest) iter.Seq2[v1.Descriptor, error] {
+	t.Helper()
+	return repositoryHere(t, f).Referrers(subject, "")
+}
+
+func referrersHere(t *testing.T, f *fixture, subject digest.Digest) (digests []digest.Digest) {
+	t.Helper()
+	for desc, err := range referrersOf(t, f, subject) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		digests = append(digests, desc.Digest)
+	}
+	return digests
 }
 
 func sorted(digests ...digest.Digest) []digest.Digest {
@@ -337,7 +373,7 @@ func TestParseManifest(t *testing.T) {
 		"":           v1.MediaTypeImageManifest,
 	} {
 		m, err := parseManifest(contentType, []byte(image))
-		if err != nil || m.mediaType != want || m.artifactType != "a/b" {
+		if err != nil || m.mediaType != want {
 			t.Errorf("%q: %v %+v", contentType, err, m)
 		}
 	}

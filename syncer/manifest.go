@@ -32,10 +32,6 @@ type manifest struct {
 	blobs []v1.Descriptor
 	// subject is what it refers to, if anything.
 	subject *v1.Descriptor
-	// artifactType and annotations go into the descriptor that lists it as a
-	// referrer.
-	artifactType string
-	annotations  map[string]string
 }
 
 func (m manifest) isIndex() bool { return isIndexType(m.mediaType) }
@@ -51,15 +47,13 @@ func isManifestType(mediaType string) bool {
 // parseManifest reads a manifest that was sent with a Content-Type.
 func parseManifest(contentType string, body []byte) (manifest, error) {
 	var doc struct {
-		SchemaVersion int               `json:"schemaVersion"`
-		MediaType     string            `json:"mediaType"`
-		ArtifactType  string            `json:"artifactType"`
-		Config        *v1.Descriptor    `json:"config"`
-		Layers        []v1.Descriptor   `json:"layers"`
-		Manifests     []v1.Descriptor   `json:"manifests"`
-		FSLayers      json.RawMessage   `json:"fsLayers"`
-		Subject       *v1.Descriptor    `json:"subject"`
-		Annotations   map[string]string `json:"annotations"`
+		SchemaVersion int             `json:"schemaVersion"`
+		MediaType     string          `json:"mediaType"`
+		Config        *v1.Descriptor  `json:"config"`
+		Layers        []v1.Descriptor `json:"layers"`
+		Manifests     []v1.Descriptor `json:"manifests"`
+		FSLayers      json.RawMessage `json:"fsLayers"`
+		Subject       *v1.Descriptor  `json:"subject"`
 	}
 	if err := json.Unmarshal(body, &doc); err != nil {
 		return manifest{}, errors.New("it is not a manifest in JSON")
@@ -80,19 +74,14 @@ func parseManifest(contentType string, body []byte) (manifest, error) {
 		return manifest{}, err
 	}
 	m := manifest{
-		mediaType:    mediaType,
-		body:         body,
-		children:     doc.Manifests,
-		subject:      doc.Subject,
-		artifactType: doc.ArtifactType,
-		annotations:  doc.Annotations,
+		mediaType: mediaType,
+		body:      body,
+		children:  doc.Manifests,
+		subject:   doc.Subject,
 	}
 	if !isIndex {
 		if doc.Config == nil {
 			return manifest{}, errors.New("it has no config")
-		}
-		if m.artifactType == "" {
-			m.artifactType = doc.Config.MediaType
 		}
 		for _, desc := range append([]v1.Descriptor{*doc.Config}, doc.Layers...) {
 			if !isForeign(desc) {
@@ -169,17 +158,6 @@ func isForeign(desc v1.Descriptor) bool {
 	}
 	return desc.MediaType == schema2.MediaTypeForeignLayer ||
 		strings.HasPrefix(desc.MediaType, "application/vnd.oci.image.layer.nondistributable.")
-}
-
-// descriptor describes the manifest as a referrer.
-func (m manifest) descriptor() v1.Descriptor {
-	return v1.Descriptor{
-		MediaType:    m.mediaType,
-		Digest:       digest.FromBytes(m.body),
-		Size:         int64(len(m.body)),
-		ArtifactType: m.artifactType,
-		Annotations:  m.annotations,
-	}
 }
 
 // Annotations by which BuildKit lists attestations in an index beside the

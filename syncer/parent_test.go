@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -28,7 +27,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/storage"
@@ -492,12 +490,4 @@ func exactly(names ...string) (repositories []v1alpha1.Repository) {
 		repositories = append(repositories, v1alpha1.Repository{Name: n})
 	}
 	return repositories
-}
-
-func descriptors(children []v1.Descriptor) (digests []digest.Digest) {
-	for _, c := range children {
-		digests = append(digests, c.Digest)
-	}
-	slices.Sort(digests)
-	return digests
 }

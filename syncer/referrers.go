@@ -2,13 +2,10 @@ package syncer
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -40,12 +37,13 @@ func (r *repository) claim(d digest.Digest) bool {
 	return first
 }
 
+// bringReferrersOf brings what the parent lists as referring to a manifest. Once
+// it is stored, the storage lists it, too.
 func (r *repository) bringReferrersOf(ctx context.Context, subject digest.Digest, depth int) error {
 	found, err := r.referrersOf(ctx, subject)
 	if err != nil {
 		return err
 	}
-	var listed []v1.Descriptor
 	for _, desc := range found {
 		img, err := walk(ctx, desc.Digest, nil, r.anywhere)
 		if err != nil {
@@ -59,14 +57,13 @@ func (r *repository) bringReferrersOf(ctx context.Context, subject digest.Digest
 		if err := r.bring(ctx, img); err != nil {
 			return err
 		}
-		listed = append(listed, m.descriptor())
 		if depth < maxReferring {
 			if err := r.bringReferrers(ctx, img, depth+1); err != nil {
 				return err
 			}
 		}
 	}
-	return r.listReferrers(ctx, subject, listed)
+	return nil
 }
 
 // referrersOf is what the parent lists as referring to a manifest: by its
@@ -137,55 +134,4 @@ func (r *repository) bringCosign(ctx context.Context, subject digest.Digest) err
 		}
 	}
 	return nil
-}
-
-// listReferrers adds to the index under which the referrers tag schema lists
-// what refers to a manifest. What is listed already stays: clients of a
-// registry that takes pushes add to it too.
-func (r *repository) listReferrers(ctx context.Context, subject digest.Digest, descs []v1.Descriptor) error {
-	if len(descs) == 0 {
-		return nil
-	}
-	r.indexes.Lock()
-	defer r.indexes.Unlock()
-	tag := schemaTag(subject)
-	listed, err := r.listedHere(ctx, tag)
-	if err != nil {
-		return err
-	}
-	before := len(listed)
-	for _, desc := range descs {
-		if !slices.ContainsFunc(listed, func(l v1.Descriptor) bool { return l.Digest == desc.Digest }) {
-			listed = append(listed, desc)
-		}
-	}
-	if len(listed) == before {
-		return nil
-	}
-	body, err := json.Marshal(v1.Index{
-		Versioned: specs.Versioned{SchemaVersion: 2},
-		MediaType: v1.MediaTypeImageIndex,
-		Manifests: listed,
-	})
-	if err != nil {
-		return fmt.Errorf("writing %s:%s: %w", r.name, tag, err)
-	}
-	if int64(len(body)) > r.run.parent.limits.manifest {
-		return errors.New("there are too many to list")
-	}
-	if err := r.run.store.putManifest(ctx, r.name, manifest{mediaType: v1.MediaTypeImageIndex, body: body}); err != nil {
-		return err
-	}
-	return r.run.store.setTag(ctx, r.name, tag, digest.FromBytes(body))
-}
-
-// listedHere is what the index under a tag of the referrers tag schema lists
-// here.
-func (r *repository) listedHere(ctx context.Context, tag string) ([]v1.Descriptor, error) {
-	d, err := r.run.store.tag(ctx, r.name, tag)
-	if d == "" || err != nil {
-		return nil, err
-	}
-	index, _, err := r.run.store.manifest(ctx, r.name, d)
-	return index.children, err
 }
