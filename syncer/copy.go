@@ -55,8 +55,6 @@ type repository struct {
 	listed  []string
 	listErr error
 
-	indexes sync.Mutex // held while a referrers index is rewritten
-
 	mu       sync.Mutex
 	wanted   int
 	present  int
@@ -248,12 +246,7 @@ func (r *repository) survey(ctx context.Context) ([]want, error) {
 			return nil, err
 		}
 	}
-	var wanted []want
-	for _, tag := range names {
-		if wantedPlatforms, ok := r.selection.tag(tag); ok {
-			wanted = append(wanted, want{tag: tag, platforms: wantedPlatforms})
-		}
-	}
+	wanted := r.selection.tags(names)
 	var g errgroup.Group
 	g.SetLimit(r.run.parent.limits.asks)
 	for i := range wanted {

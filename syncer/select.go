@@ -2,6 +2,7 @@ package syncer
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
@@ -13,8 +14,9 @@ type selection []selector
 // selector is one entry of spec.repositories.
 type selector struct {
 	repository v1alpha1.Glob
-	include    []v1alpha1.Glob // empty: every tag
-	exclude    []v1alpha1.Glob
+	include    []v1alpha1.TagPattern // empty: every tag
+	exclude    []v1alpha1.TagPattern
+	newest     int // 0: all of them
 	platforms  platforms
 }
 
@@ -25,11 +27,11 @@ func newSelection(entries []v1alpha1.Repository) (selection, error) {
 		if err != nil {
 			return nil, fmt.Errorf("repository %q %w", entry.Name, err)
 		}
-		sel := selector{repository: name, platforms: entry.Platforms}
-		if sel.include, err = parseGlobs(entry.Tags.Include); err != nil {
+		sel := selector{repository: name, newest: entry.Tags.Newest, platforms: entry.Platforms}
+		if sel.include, err = parseTags(entry.Tags.Include); err != nil {
 			return nil, fmt.Errorf("tags of repository %s: %w", entry.Name, err)
 		}
-		if sel.exclude, err = parseGlobs(entry.Tags.Exclude); err != nil {
+		if sel.exclude, err = parseTags(entry.Tags.Exclude); err != nil {
 			return nil, fmt.Errorf("tags of repository %s: %w", entry.Name, err)
 		}
 		s = append(s, sel)
@@ -37,20 +39,20 @@ func newSelection(entries []v1alpha1.Repository) (selection, error) {
 	return s, nil
 }
 
-func parseGlobs(patterns []string) ([]v1alpha1.Glob, error) {
-	var globs []v1alpha1.Glob
+func parseTags(patterns []string) ([]v1alpha1.TagPattern, error) {
+	var parsed []v1alpha1.TagPattern
 	for _, pattern := range patterns {
-		g, err := v1alpha1.ParseGlob(pattern)
+		p, err := v1alpha1.ParseTagPattern(pattern)
 		if err != nil {
 			return nil, fmt.Errorf("%q %w", pattern, err)
 		}
-		globs = append(globs, g)
+		parsed = append(parsed, p)
 	}
-	return globs, nil
+	return parsed, nil
 }
 
-func matchAny(globs []v1alpha1.Glob, name string) bool {
-	return slices.ContainsFunc(globs, func(g v1alpha1.Glob) bool { return g.Match(name) })
+func matchAny[P interface{ Match(string) bool }](patterns []P, name string) bool {
+	return slices.ContainsFunc(patterns, func(p P) bool { return p.Match(name) })
 }
 
 // exact are the repositories that are selected by their names, sorted.
@@ -107,27 +109,57 @@ func (s selection) named() (tags []string, ok bool) {
 	return slices.Compact(tags), true
 }
 
-// tag reports whether a tag is selected, and for which platforms: those of every
-// entry that selects it, nil for all. What looks like a tag of the referrers tag
-// schema or of cosign follows the image that it is about, and is selected by its
-// name alone.
-func (s selection) tag(tag string) (wanted platforms, ok bool) {
-	all := false
+// tags are those out of a list that are selected, by name, each with the
+// platforms that it is wanted for: those of every entry that selects it, nil for
+// all.
+func (s selection) tags(listed []string) []want {
+	selected := make(map[string]platforms)
 	for _, sel := range s {
-		included := len(sel.include) == 0 || matchAny(sel.include, tag)
-		if referrerTag.MatchString(tag) {
-			included = slices.ContainsFunc(sel.include, func(g v1alpha1.Glob) bool { return g.Literal() && g.Match(tag) })
+		for _, tag := range sel.tags(listed) {
+			wanted, before := selected[tag]
+			switch {
+			case len(sel.platforms) == 0 || before && wanted == nil:
+				selected[tag] = nil
+			default:
+				selected[tag] = append(wanted, sel.platforms...)
+			}
 		}
-		if !included || matchAny(sel.exclude, tag) {
-			continue
+	}
+	wants := make([]want, 0, len(selected))
+	for _, tag := range slices.Sorted(maps.Keys(selected)) {
+		wanted := selected[tag]
+		slices.Sort(wanted)
+		wants = append(wants, want{tag: tag, platforms: slices.Compact(wanted)})
+	}
+	return wants
+}
+
+// tags are those out of a list that an entry selects.
+func (sel selector) tags(listed []string) []string {
+	var named, others []string
+	for _, tag := range listed {
+		switch {
+		case matchAny(sel.exclude, tag):
+		case sel.names(tag):
+			named = append(named, tag)
+		case sel.includes(tag):
+			others = append(others, tag)
 		}
-		ok = true
-		all = all || len(sel.platforms) == 0
-		wanted = append(wanted, sel.platforms...)
 	}
-	if all {
-		return nil, ok
+	if sel.newest > 0 {
+		others = v1alpha1.NewestTags(others, sel.newest)
 	}
-	slices.Sort(wanted)
-	return slices.Compact(wanted), ok
+	return append(named, others...)
+}
+
+// names reports whether an entry includes a tag by its name alone.
+func (sel selector) names(tag string) bool {
+	return slices.ContainsFunc(sel.include, func(p v1alpha1.TagPattern) bool { return p.Literal() && p.Match(tag) })
+}
+
+// includes reports whether an entry includes a tag by a pattern, or with all
+// others. What looks like a tag of the referrers tag schema or of cosign follows
+// the image that it is about, and is included by its name alone.
+func (sel selector) includes(tag string) bool {
+	return (len(sel.include) == 0 || matchAny(sel.include, tag)) && !referrerTag.MatchString(tag)
 }

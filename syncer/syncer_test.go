@@ -124,7 +124,7 @@ func TestSyncSelects(t *testing.T) {
 		p.pushImage(t, where, img)
 	}
 	f := newFixture(t, p,
-		v1alpha1.Repository{Name: "team/*", Tags: v1alpha1.Tags{Include: []string{"1.*"}, Exclude: []string{"*-rc?"}}},
+		v1alpha1.Repository{Name: "team/*", Tags: v1alpha1.Tags{Include: []string{"semver:>=1.0.0-0 <2"}, Exclude: []string{"regex:.*-rc."}}},
 		v1alpha1.Repository{Name: "**/web"},
 		v1alpha1.Repository{Name: "base", Tags: v1alpha1.Tags{Include: []string{"2.0"}}},
 	)

@@ -36,7 +36,7 @@ func TestLoadEveryField(t *testing.T) {
 				CASecretRef:          &SecretRef{Name: "parent-ca"},
 			},
 			Repositories: []Repository{
-				{Name: "team/**", Tags: Tags{Include: []string{"1.*", "stable"}, Exclude: []string{"*-rc?"}}, Platforms: []string{"linux/amd64", "linux/arm/v7"}},
+				{Name: "team/**", Tags: Tags{Include: []string{"1.*", "semver:>=2.1 <3", "stable"}, Exclude: []string{"*-rc?", "regex:.*-(arm|amd)64"}, Newest: 20}, Platforms: []string{"linux/amd64", "linux/arm/v7"}},
 				{Name: "base/debian"},
 			},
 			Sync:          Sync{Schedule: "*/5 * * * *", Window: "PT3H", Concurrency: 4, Referrers: new(false)},
@@ -174,6 +174,21 @@ func TestLoadProblems(t *testing.T) {
 			`f:11: spec.repositories[3].platforms[0]: "linux" is not a platform: use for example "linux/amd64" or "linux/arm/v7"`,
 			`f:12: spec.repositories[4].name: "a//b*" has an empty segment: a slash at an end, or two in a row`,
 			`f:13: spec.repositories[5].name: "_a" is not a repository name: use for example "team/app"`,
+		}},
+		{"tags", head + `  parent: {endpoint: a.example}
+  repositories:
+  - name: app
+    tags:
+      include:
+      - regex:(
+      - semver:one
+      exclude: ["glob:*"]
+      newest: -1
+`, []string{
+			`f:10: spec.repositories[0].tags.include[0]: "regex:(" is not a regular expression of RE2: missing closing )`,
+			`f:11: spec.repositories[0].tags.include[1]: "semver:one" is not a range of versions: use for example "semver:>=1.2 <2"`,
+			`f:12: spec.repositories[0].tags.exclude[0]: "glob:*" has a colon: only "regex:" and "semver:" may stand in front`,
+			`f:13: spec.repositories[0].tags.newest: -1 is less than nothing: leave it out to keep all tags`,
 		}},
 		{"tokens", head + `  clientTokens:
   - name: a:b

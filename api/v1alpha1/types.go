@@ -130,12 +130,22 @@ type Repository struct {
 	Platforms []string `json:"platforms,omitempty"`
 }
 
-// Tags selects tags: those that match Include and do not match Exclude.
+// Tags selects tags: those that match Include and do not match Exclude, and of
+// these the newest.
 type Tags struct {
-	// Include are globs; see ParseGlob. Empty: every tag.
+	// Include are tags, globs ("1.*"), regular expressions ("regex:v[0-9]+") or
+	// ranges of versions ("semver:>=1.2 <2"); see ParseTagPattern. Empty: every
+	// tag.
 	Include []string `json:"include,omitempty"`
-	// Exclude are globs; see ParseGlob.
+	// Exclude are patterns as in Include.
 	Exclude []string `json:"exclude,omitempty"`
+	// Newest keeps so many of the tags that Include and Exclude leave: those
+	// with the highest versions, as semantic versioning orders them. Tags that
+	// are not versions cannot be ordered and are left out, unless Include names
+	// them, without a wildcard; such tags are kept beside the newest. When an
+	// image was made plays no part: asking for that would take several requests
+	// for each tag that is not even wanted. 0: all of them.
+	Newest int `json:"newest,omitempty"`
 }
 
 // Sync says when and how content is brought here.

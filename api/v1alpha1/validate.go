@@ -158,10 +158,13 @@ func (r *Repository) validate(p *field.Path, parent *Parent) field.ErrorList {
 	}
 	tags := p.Child("tags")
 	for i, tag := range r.Tags.Include {
-		errs = append(errs, validTagGlob(tags.Child("include").Index(i), tag)...)
+		errs = append(errs, validTagPattern(tags.Child("include").Index(i), tag)...)
 	}
 	for i, tag := range r.Tags.Exclude {
-		errs = append(errs, validTagGlob(tags.Child("exclude").Index(i), tag)...)
+		errs = append(errs, validTagPattern(tags.Child("exclude").Index(i), tag)...)
+	}
+	if r.Tags.Newest < 0 {
+		errs = append(errs, field.Invalid(tags.Child("newest"), r.Tags.Newest, fmt.Sprintf("%d is less than nothing: leave it out to keep all tags", r.Tags.Newest)))
 	}
 	for i, platform := range r.Platforms {
 		if !platformName.MatchString(platform) {
@@ -193,15 +196,9 @@ func validRepositoryGlob(p *field.Path, name string) field.ErrorList {
 	return nil
 }
 
-func validTagGlob(p *field.Path, tag string) field.ErrorList {
-	g, err := ParseGlob(tag)
-	switch {
-	case err != nil:
-		return field.ErrorList{invalid(p, tag, err.Error())}
-	case strings.Contains(tag, "/"):
-		return field.ErrorList{invalid(p, tag, "has a slash, which no tag has")}
-	case g.Literal() && !ValidTag(tag):
-		return field.ErrorList{invalid(p, tag, "is not a tag")}
+func validTagPattern(p *field.Path, pattern string) field.ErrorList {
+	if _, err := ParseTagPattern(pattern); err != nil {
+		return field.ErrorList{invalid(p, pattern, err.Error())}
 	}
 	return nil
 }
