@@ -68,9 +68,15 @@ type Standalone struct {
 
 	store     *storage.Store
 	ca        trust.Bundle
+	renew     func() (changed bool, err error) // of the serving certificate
+	log       *slog.Logger
 	listeners []net.Listener
 	unlock    func()
 }
+
+// renewInterval is how often the serving certificate is looked at. It is renewed
+// months ahead of its end.
+const renewInterval = 12 * time.Hour
 
 // Open prepares everything that c asks for: it locks and fills the data
 // directory, takes the ports and reads the Secrets, so that what can be wrong
@@ -83,7 +89,7 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if c.Secrets == "" {
 		c.Secrets = filepath.Join(c.Data, "secrets")
 	}
-	s := &Standalone{}
+	s := &Standalone{log: c.Logger}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -116,6 +122,10 @@ func (s *Standalone) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	if s.Registry != nil {
 		g.Go(func() error { return s.Registry.Run(ctx) })
+		g.Go(func() error {
+			s.keepServing(ctx)
+			return nil
+		})
 	}
 	if s.Cache != nil {
 		g.Go(func() error { return s.Cache.Run(ctx) })
@@ -215,8 +225,29 @@ func (s *Standalone) openTLS(ca, certs string, addr net.Addr) error {
 	if err != nil {
 		return err
 	}
-	_, err = authority.EnsureServing(certs, names, time.Now())
+	s.renew = func() (bool, error) { return authority.EnsureServing(certs, names, time.Now()) }
+	_, err = s.renew()
 	return err
+}
+
+// keepServing renews the serving certificate when its time has come; the
+// registry notices. A machine may run for years.
+func (s *Standalone) keepServing(ctx context.Context) {
+	tick := time.NewTicker(renewInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		switch changed, err := s.renew(); {
+		case err != nil:
+			s.log.Error("the serving certificate cannot be renewed", "error", err)
+		case changed:
+			s.log.Info("renewed the serving certificate")
+		}
+	}
 }
 
 func (s *Standalone) openSyncer(c Config, p *parent) (err error) {

@@ -2,9 +2,12 @@ package standalone
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -12,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -144,6 +148,33 @@ func TestKeepsItsCA(t *testing.T) {
 	if fingerprints[0] != fingerprints[1] {
 		t.Error("the second start made another CA")
 	}
+}
+
+// TestKeepServing lets two years pass, and wants a valid certificate at the end
+// of each day of them.
+func TestKeepServing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		certs := filepath.Join(t.TempDir(), "tls")
+		s := &Standalone{log: slog.New(slog.DiscardHandler), LoginServer: "registry.example.com"}
+		if err := s.openTLS(t.TempDir(), certs, &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3), Port: 443}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go s.keepServing(ctx)
+		for range 2 * 366 {
+			time.Sleep(24 * time.Hour)
+			synctest.Wait()
+			pair, err := tls.LoadX509KeyPair(filepath.Join(certs, "tls.crt"), filepath.Join(certs, "tls.key"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: s.ca.Pool(), DNSName: "registry.example.com", CurrentTime: time.Now()})
+			if err != nil {
+				t.Fatalf("on %s: %v", time.Now().Format(time.DateOnly), err)
+			}
+		}
+	})
 }
 
 func TestOpenMistakes(t *testing.T) {
