@@ -13,17 +13,17 @@ demo:
 	@go run ./test/demo
 
 test:
-	@./test/prepare
+	@./test/prepare gcc
 	go vet ./...
 	go test -race ./...
 	go test -race -count=1 -C test/containerd ./...
 
 e2e:
-	@./test/prepare
 	go test -count=1 -v -C test/containerd ./...
 
 bench:
-	go test -run '^$$' -bench . -benchmem ./...
+	@./test/prepare nginx-light
+	go run -C test/bench .
 
 lint:
 	go tool -modfile=tools/go.mod golangci-lint run ./...
