@@ -132,7 +132,8 @@ func prepareAndBuild(ctx context.Context, config Config) (programs, error) {
 }
 
 // Open finds a cluster that was left running by Detach. Close ends it all the
-// same.
+// same. Nodes that are started through it end with this process until Detach is
+// called again.
 func Open(ctx context.Context, config Config) (*Cluster, error) {
 	config, err := config.withDefaults()
 	if err != nil {
@@ -279,13 +280,6 @@ func (c *Cluster) Program(name string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("no program %s among those of the cluster", name)
-}
-
-// CertManagerChart returns the directory of cert-manager's own chart, of the
-// version that Config.CertManager runs.
-func (c *Cluster) CertManagerChart(ctx context.Context) (string, error) {
-	dir, err := certManagerDir(ctx)
-	return filepath.Join(dir, "deploy", "charts", "cert-manager"), err
 }
 
 // Kubectl runs kubectl as administrator and returns its output. The error

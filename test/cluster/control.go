@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -221,7 +220,7 @@ func (c *Cluster) controlServices(all bool) []machine.Service {
 	last := &services[len(services)-1]
 	last.Name, last.Log = "provisioner", filepath.Join(c.Logs(), controlPlane, "provisioner.log")
 	if all {
-		services = append(services, service("addons", "cert-manager", "--kubeconfig="+pki("admin", "conf")))
+		services = append(services, service("addons", "cert-manager", "controller", "--kubeconfig="+pki("admin", "conf")))
 	}
 	return services
 }
@@ -272,7 +271,7 @@ volumeBindingMode: Immediate
 // startCertManager installs the resource definitions and starts the
 // controllers once they are served.
 func (c *Cluster) startCertManager(ctx context.Context) error {
-	dir, err := certManagerDir(ctx)
+	dir, _, err := certManagerModule(ctx)
 	if err != nil {
 		return err
 	}
@@ -298,17 +297,4 @@ func (c *Cluster) startCertManager(ctx context.Context) error {
 		return err
 	}
 	return c.StartService(ctx, "cert-manager")
-}
-
-// certManagerDir is the module of cert-manager.
-func certManagerDir(ctx context.Context) (string, error) {
-	source, err := moduleDir(ctx)
-	if err != nil {
-		return "", err
-	}
-	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/cert-manager/cert-manager")
-	cmd.Dir = filepath.Join(source, "tools", "addons")
-	cmd.Env = append(os.Environ(), "GOWORK=off")
-	out, err := output(cmd)
-	return strings.TrimSpace(string(out)), err
 }

@@ -61,6 +61,17 @@ func Image(files, links map[string]string, entrypoint ...string) (v1.Image, erro
 	return mutate.ConfigFile(image, config)
 }
 
+// withUser returns the image with the numeric user that its programs run as.
+func withUser(image v1.Image, user string) (v1.Image, error) {
+	file, err := image.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	config := file.Config
+	config.User = user
+	return mutate.Config(image, config)
+}
+
 func pack(files, links map[string]string) ([]byte, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)

@@ -138,6 +138,9 @@ func (n network) connectHost(ctx context.Context, control int) error {
 		"link set "+bridge+" up",
 		"link set host master "+bridge,
 		"link set host up",
+		// Any route will do: kube-proxy changes the destination of what the
+		// API server sends there, but only of what has a route at first.
+		fmt.Sprintf("route add %s dev %s", n.services(), bridge),
 	)
 	if err != nil {
 		return err
