@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test e2e bench lint image
+.PHONY: build demo test e2e cluster cluster-down bench lint image
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -18,8 +18,16 @@ test:
 	go test -race ./...
 	go test -race -count=1 -C test/containerd ./...
 
+# What needs a real Kubernetes; the first run compiles one, for a quarter of an hour.
 e2e:
-	go test -count=1 -v -C test/containerd ./...
+	go run -C test/cluster ./cmd/cluster build
+	go test -race -count=1 -timeout 20m -C test/cluster ./...
+
+cluster:
+	@go run -C test/cluster ./cmd/cluster up
+
+cluster-down:
+	@go run -C test/cluster ./cmd/cluster down
 
 bench:
 	@./test/prepare nginx-light
