@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -27,6 +28,14 @@ type run struct {
 	store     *store
 	fetcher   *fetcher
 	referrers bool
+	// removing: tags that are not wanted are removed; see removalRules for
+	// maxRemovals, a percentage, and manual.
+	removing    bool
+	maxRemovals int
+	manual      bool
+	// silentBefore are the repositories of which the parent listed no tag in
+	// the synchronisation before.
+	silentBefore map[string]bool
 	// checked remembers when the referrers of unchanged images were asked for;
 	// see checks.
 	checked  *checks
@@ -42,6 +51,7 @@ type run struct {
 	blobsFetched int
 	blobsLinked  int
 	tagsUpdated  int
+	tagsRemoved  int
 }
 
 // repository is one repository during a synchronisation.
@@ -54,6 +64,7 @@ type repository struct {
 	list    sync.Once
 	listed  []string
 	listErr error
+	empty   atomic.Bool // the parent lists none
 
 	mu       sync.Mutex
 	wanted   int
@@ -62,7 +73,8 @@ type repository struct {
 	seen     map[digest.Digest]bool  // blobs known to be here
 	subjects map[digest.Digest]bool  // manifests whose referrers were brought
 	err      error
-	more     int // errors after the first
+	more     int    // errors after the first
+	held     string // why tags that are not wanted stay
 }
 
 func (r *run) newRepository(name string, err error) *repository {
@@ -130,6 +142,9 @@ func (r *run) sync(ctx context.Context, resume bool) {
 		g.Go(func() error { repo.sync(ctx); return nil })
 	}
 	_ = g.Wait()
+	if r.removing && r.err == nil && ctx.Err() == nil {
+		r.removeUnselected(ctx)
+	}
 }
 
 // event tells of something, and counts it.
@@ -138,6 +153,8 @@ func (r *run) event(e Event) {
 	switch {
 	case e.Kind == EventTagged:
 		r.tagsUpdated++
+	case e.Kind == EventRemoved:
+		r.tagsRemoved++
 	case e.Kind == EventBlob && e.Linked:
 		r.blobsLinked++
 	case e.Kind == EventBlob:
@@ -181,7 +198,7 @@ func (r *repository) result() RepositoryResult {
 	err := r.problem()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	res := RepositoryResult{Name: r.name, TagsWanted: r.wanted, TagsPresent: r.present, Err: err}
+	res := RepositoryResult{Name: r.name, TagsWanted: r.wanted, TagsPresent: r.present, Held: r.held, Err: err}
 	for _, size := range r.left {
 		res.BytesLeft += size
 	}
@@ -212,6 +229,9 @@ func (r *repository) sync(ctx context.Context) {
 		})
 	}
 	wg.Wait()
+	if r.run.removing {
+		r.remove(ctx, plans)
+	}
 }
 
 // plan compares a repository with the parent.
@@ -269,7 +289,10 @@ func (r *repository) survey(ctx context.Context) ([]want, error) {
 
 // tags is what the parent lists, which it is asked for once, if at all.
 func (r *repository) tags(ctx context.Context) ([]string, error) {
-	r.list.Do(func() { r.listed, r.listErr = r.run.parent.tags(ctx, r.name) })
+	r.list.Do(func() {
+		r.listed, r.listErr = r.run.parent.tags(ctx, r.name)
+		r.empty.Store(r.listErr == nil && len(r.listed) == 0)
+	})
 	return r.listed, r.listErr
 }
 

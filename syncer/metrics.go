@@ -11,6 +11,7 @@ type metrics struct {
 	fetched     prometheus.Counter
 	linked      prometheus.Counter
 	tags        prometheus.Counter
+	removed     prometheus.Counter
 	lastSuccess prometheus.Gauge
 	duration    prometheus.Gauge
 	incomplete  prometheus.Gauge
@@ -35,12 +36,13 @@ func newMetrics(registerer prometheus.Registerer) (*metrics, error) {
 		fetched:     counter("blobs_fetched_total", "Blobs fetched from the parent."),
 		linked:      counter("blobs_linked_total", "Blobs that another repository here had already."),
 		tags:        counter("tags_updated_total", "Tags written."),
+		removed:     counter("tags_removed_total", "Tags removed."),
 		lastSuccess: gauge("last_success_timestamp_seconds", "End of the last synchronisation that brought everything."),
 		duration:    gauge("last_duration_seconds", "Duration of the last synchronisation."),
 		incomplete:  gauge("incomplete_repositories", "Repositories that the last synchronisation left incomplete."),
 		bytesLeft:   gauge("left_bytes", "Bytes known to be missing after the last synchronisation."),
 	}
-	for _, c := range []prometheus.Collector{m.runs, m.bytes, m.fetched, m.linked, m.tags, m.lastSuccess, m.duration, m.incomplete, m.bytesLeft} {
+	for _, c := range []prometheus.Collector{m.runs, m.bytes, m.fetched, m.linked, m.tags, m.removed, m.lastSuccess, m.duration, m.incomplete, m.bytesLeft} {
 		if err := registerer.Register(c); err != nil {
 			return nil, err
 		}
@@ -58,6 +60,7 @@ func (m *metrics) observe(result Result) {
 	m.fetched.Add(float64(result.BlobsFetched))
 	m.linked.Add(float64(result.BlobsLinked))
 	m.tags.Add(float64(result.TagsUpdated))
+	m.removed.Add(float64(result.TagsRemoved))
 	m.duration.Set(result.End.Sub(result.Start).Seconds())
 	incomplete, left := 0, int64(0)
 	for _, repo := range result.Repositories {

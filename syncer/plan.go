@@ -17,13 +17,17 @@ type Plan struct {
 // RepositoryPlan is what a synchronisation would do to one repository.
 type RepositoryPlan struct {
 	Name string
-	// Tags are the tags that are wanted, by name. Referrers follow the images
+	// Tags are the tags that are wanted, by name, and then those that are to be
+	// removed. Referrers follow the images
 	// that they are about and are not listed.
 	Tags []TagPlan
 	// Blobs is how many blobs would be fetched, Bytes their size. A blob that
 	// several repositories want counts in the first of them.
 	Blobs int
 	Bytes int64
+	// Held is why tags that are gone at the parent, or no longer selected, are
+	// not removed, in one line. Empty: none is held.
+	Held string
 	// Err is why the repository, or part of it, cannot be brought.
 	Err error
 }
@@ -53,6 +57,9 @@ const (
 	ActionCopy Action = "copy"
 	// ActionTag: everything is here, the tag alone is to be written.
 	ActionTag Action = "tag"
+	// ActionRemove: the tag is gone at the parent, or no longer selected.
+	// Digest and Present are empty.
+	ActionRemove Action = "remove"
 )
 
 // want is what the parent has for a tag that is selected.

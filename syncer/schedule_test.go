@@ -261,7 +261,7 @@ func TestMetrics(t *testing.T) {
 	delete(got, "received_bytes_total")
 	want := map[string]float64{
 		"blobs_fetched_total": 2, "blobs_linked_total": 0, "incomplete_repositories": 1, "last_success_timestamp_seconds": 0,
-		"left_bytes": 0, "runs_total": 1, "tags_updated_total": 1,
+		"left_bytes": 0, "runs_total": 1, "tags_removed_total": 0, "tags_updated_total": 1,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -284,6 +284,7 @@ func TestNewRefuses(t *testing.T) {
 		"syncer: Parent.Endpoint must be a host with or without a port": func(c *Config) { c.Parent.Endpoint = "https://p" },
 		"syncer: Concurrency is negative":                               func(c *Config) { c.Concurrency = -1 },
 		"syncer: Window is negative":                                    func(c *Config) { c.Window = -1 },
+		"syncer: MaxRemovals is not a percentage":                       func(c *Config) { c.MaxRemovals = 101 },
 		"syncer: Repositories: repository \"a//b\" has an empty segment: a slash at an end, or two in a row":  func(c *Config) { c.Repositories = exactly("a//b") },
 		"syncer: Schedule: \"hourly\" is not a cron schedule of five fields: use for example \"*/5 * * * *\"": func(c *Config) { c.Schedule = "hourly" },
 	} {

@@ -43,7 +43,7 @@ func (r *run) statuses() []v1alpha1.RepositoryStatus {
 }
 
 func (r RepositoryResult) status() v1alpha1.RepositoryStatus {
-	status := v1alpha1.RepositoryStatus{Name: r.Name, TagsWanted: r.TagsWanted, TagsPresent: r.TagsPresent, BytesLeft: r.BytesLeft}
+	status := v1alpha1.RepositoryStatus{Name: r.Name, TagsWanted: r.TagsWanted, TagsPresent: r.TagsPresent, BytesLeft: r.BytesLeft, RemovalsHeld: r.Held}
 	if r.Err != nil {
 		status.LastError = r.Err.Error()
 	}
@@ -84,6 +84,7 @@ func (s *Syncer) end(result Result, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.resumed = s.resumed || s.running.err == nil
+	s.silent = s.running.silences()
 	s.running = nil
 	s.last.ConnectionState = connectionState(result, err)
 	end := metav1.NewTime(result.End)

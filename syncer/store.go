@@ -239,6 +239,51 @@ func (s *store) setTag(ctx context.Context, repository, tag string, d digest.Dig
 	return nil
 }
 
+// tags are the tags of a repository, sorted.
+func (s *store) tags(ctx context.Context, repository string) ([]string, error) {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return nil, err
+	}
+	tags, err := repo.Tags(ctx).All(ctx)
+	if _, unknown := errors.AsType[distribution.ErrRepositoryUnknown](err); unknown {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listing the tags of %s: %w", repository, err)
+	}
+	return tags, nil
+}
+
+// untag removes a tag. What it stood for stays.
+func (s *store) untag(ctx context.Context, repository, tag string) error {
+	repo, err := s.repository(ctx, repository)
+	if err != nil {
+		return err
+	}
+	if err := repo.Tags(ctx).Untag(ctx, tag); err != nil && !isPathNotFound(err) {
+		return writing(fmt.Sprintf("removing tag %s:%s", repository, tag), err)
+	}
+	return nil
+}
+
+// repositories are the names of all repositories that are here.
+func (s *store) repositories(ctx context.Context) ([]string, error) {
+	enumerator, ok := s.namespace.(distribution.RepositoryEnumerator)
+	if !ok {
+		return nil, errors.New("the storage does not list its repositories")
+	}
+	var names []string
+	err := enumerator.Enumerate(ctx, func(name string) error {
+		names = append(names, name)
+		return nil
+	})
+	if err != nil && !isPathNotFound(err) {
+		return nil, fmt.Errorf("listing the repositories that are here: %w", err)
+	}
+	return names, nil
+}
+
 // treeRoot is where distribution keeps everything, below the data directory.
 const treeRoot = "/docker/registry/v2"
 

@@ -42,6 +42,12 @@ type Config struct {
 	Concurrency int
 	// Referrers brings signatures, attestations and other referrers too.
 	Referrers bool
+	// DeletePropagation removes tags that are gone at the parent or no longer
+	// selected, wherever they came from: nobody else may write tags then.
+	DeletePropagation bool
+	// MaxRemovals is how much of a repository's tags DeletePropagation removes
+	// at once, in percent; more are held until a ManualResync. 0: 50.
+	MaxRemovals int
 	// Logger takes the log. nil: none.
 	Logger *slog.Logger
 	// Progress is told what happens while it happens, from several goroutines,
@@ -82,6 +88,9 @@ const (
 	EventBlob EventKind = "blob"
 	// EventTagged: Repository:Tag is whole and stands for Digest.
 	EventTagged EventKind = "tagged"
+	// EventRemoved: Repository:Tag is gone at the parent, or no longer selected,
+	// and has been removed.
+	EventRemoved EventKind = "removed"
 	// EventFailed: Repository, or Repository:Tag, could not be brought, for
 	// Err.
 	EventFailed EventKind = "failed"
@@ -114,7 +123,10 @@ type Result struct {
 	BlobsLinked  int
 	// TagsUpdated is how many tags were written.
 	TagsUpdated int
-	// Repositories are the selected repositories, by name.
+	// TagsRemoved is how many tags were removed.
+	TagsRemoved int
+	// Repositories are the selected repositories, by name, and those no longer
+	// selected whose tags are held or could not be removed.
 	Repositories []RepositoryResult
 }
 
@@ -124,6 +136,9 @@ type RepositoryResult struct {
 	TagsWanted  int
 	TagsPresent int
 	BytesLeft   int64
+	// Held is why tags that are gone at the parent, or no longer selected, are
+	// still here, in one line. Empty: none is held.
+	Held string
 	// Err is nil when everything wanted is present.
 	Err error
 }
@@ -147,11 +162,13 @@ type Syncer struct {
 
 	turn   chan struct{}     // holds a value while a synchronisation runs
 	logged map[string]string // the last problem of each repository; for the holder of turn
+	held   map[string]string // why its removals were held last; for the holder of turn
 
 	mu      sync.Mutex      // guards what follows
 	resumed bool            // unfinished uploads have been looked for
 	last    v1alpha1.Status // as of the last synchronisation that ended
 	running *run            // nil between synchronisations
+	silent  map[string]bool // repositories of which the parent listed no tag last
 }
 
 // New returns a Syncer, or an error that names the field of config that is
@@ -170,8 +187,11 @@ func New(config Config) (*Syncer, error) {
 		return nil, errors.New("syncer: Concurrency is negative")
 	case config.Window < 0:
 		return nil, errors.New("syncer: Window is negative")
+	case config.MaxRemovals < 0 || config.MaxRemovals > 100:
+		return nil, errors.New("syncer: MaxRemovals is not a percentage")
 	}
 	config.Concurrency = cmp.Or(config.Concurrency, v1alpha1.DefaultConcurrency)
+	config.MaxRemovals = cmp.Or(config.MaxRemovals, v1alpha1.DefaultMaxRemovals)
 	config.Logger = cmp.Or(config.Logger, slog.New(slog.DiscardHandler))
 	schedule, err := v1alpha1.ParseSchedule(cmp.Or(config.Schedule, v1alpha1.DefaultSchedule))
 	if err != nil {
@@ -196,21 +216,27 @@ func New(config Config) (*Syncer, error) {
 		distrusted: newDistrust(),
 		turn:       make(chan struct{}, 1),
 		logged:     make(map[string]string),
+		held:       make(map[string]string),
 	}, nil
 }
 
 // newRun prepares a synchronisation. Its parent must be closed.
 func (s *Syncer) newRun() *run {
 	r := &run{
-		selection: s.selection,
-		parent:    newParent(s.config.Parent, s.limits, s.config.Logger),
-		store:     s.store,
-		referrers: s.config.Referrers,
-		checked:   s.checked,
-		progress:  s.config.Progress,
-		log:       s.config.Logger,
-		images:    make(chan struct{}, s.config.Concurrency),
+		selection:   s.selection,
+		parent:      newParent(s.config.Parent, s.limits, s.config.Logger),
+		store:       s.store,
+		referrers:   s.config.Referrers,
+		removing:    s.config.DeletePropagation,
+		maxRemovals: s.config.MaxRemovals,
+		checked:     s.checked,
+		progress:    s.config.Progress,
+		log:         s.config.Logger,
+		images:      make(chan struct{}, s.config.Concurrency),
 	}
+	s.mu.Lock()
+	r.silentBefore = s.silent
+	s.mu.Unlock()
 	if s.dial != nil {
 		r.parent.transport.DialContext = s.dial
 	}
@@ -236,7 +262,8 @@ var errWindow = errors.New("the window ended before everything was here: it goes
 // is valid either way. A repository that fails stops no other.
 //
 // With the trigger ManualResync, what was put off is tried again: referrers of
-// unchanged images, and blobs for which the parent had sent wrong bytes.
+// unchanged images, and blobs for which the parent had sent wrong bytes. Removals
+// that were held for their number are carried out.
 func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result, error) {
 	select {
 	case s.turn <- struct{}{}:
@@ -254,6 +281,7 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 		defer cancel()
 	}
 	r := s.newRun()
+	r.manual = trigger == v1alpha1.SyncTriggerManual
 	defer r.parent.close()
 	start := time.Now()
 	resume := s.begin(r, trigger, start)
@@ -292,6 +320,7 @@ func (s *Syncer) finish(ctx context.Context, r *run, trigger v1alpha1.SyncTrigge
 	}
 	r.mu.Lock()
 	result.BlobsFetched, result.BlobsLinked, result.TagsUpdated = r.blobsFetched, r.blobsLinked, r.tagsUpdated
+	result.TagsRemoved = r.tagsRemoved
 	r.mu.Unlock()
 	result.End = time.Now()
 	s.checked.expire(result.End)
@@ -333,22 +362,28 @@ func (s *Syncer) report(ctx context.Context, result Result) {
 			log.Warn("repository is not complete", "repository", repo.Name, "tags_wanted", repo.TagsWanted, "tags_present", repo.TagsPresent, "error", problem)
 		}
 		s.logged[repo.Name] = problem
+		if repo.Held != "" && repo.Held != s.held[repo.Name] {
+			log.Warn("removal of tags is held", "repository", repo.Name, "reason", repo.Held)
+		}
+		s.held[repo.Name] = repo.Held
 	}
 	level := slog.LevelDebug
-	if result.TagsUpdated > 0 || result.Trigger != v1alpha1.SyncTriggerSchedule {
+	if result.TagsUpdated > 0 || result.TagsRemoved > 0 || result.Trigger != v1alpha1.SyncTriggerSchedule {
 		level = slog.LevelInfo
 	}
 	log.Log(ctx, level, "synchronisation ended",
 		"trigger", result.Trigger, "state", result.State, "duration", result.End.Sub(result.Start).Round(time.Millisecond),
-		"tags_updated", result.TagsUpdated, "blobs_fetched", result.BlobsFetched, "blobs_linked", result.BlobsLinked, "bytes_fetched", result.BytesFetched)
+		"tags_updated", result.TagsUpdated, "tags_removed", result.TagsRemoved, "blobs_fetched", result.BlobsFetched, "blobs_linked", result.BlobsLinked, "bytes_fetched", result.BytesFetched)
 	s.metrics.observe(result)
 }
 
-// Plan reads the parent and says what Sync would do now. It writes nothing.
+// Plan reads the parent and says what Sync would do now with the trigger
+// ManualResync. It writes nothing.
 // Its error means that nothing could be planned; what is wrong with a single
 // repository is in its part of the plan.
 func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 	r := s.newRun()
+	r.manual = true
 	defer r.parent.close()
 	repositories := r.find(ctx)
 	var g errgroup.Group
@@ -358,7 +393,9 @@ func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 		plans[i] = RepositoryPlan{Name: repo.name, Err: repo.problem()}
 		if plans[i].Err == nil {
 			g.Go(func() error {
-				plans[i].Tags, plans[i].Err = repo.plan(ctx)
+				if plans[i].Tags, plans[i].Err = repo.plan(ctx); plans[i].Err == nil && r.removing {
+					repo.planRest(ctx, &plans[i])
+				}
 				return nil
 			})
 		}
@@ -376,6 +413,14 @@ func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 	}
 	if len(plans) > 0 && !slices.ContainsFunc(plans, func(p RepositoryPlan) bool { return !isUnreachable(p.Err) }) {
 		return nil, plans[0].Err
+	}
+	if r.removing && r.err == nil {
+		rest, err := r.planUnselected(ctx)
+		if err != nil {
+			return nil, err
+		}
+		plans = append(plans, rest...)
+		slices.SortFunc(plans, func(a, b RepositoryPlan) int { return cmp.Compare(a.Name, b.Name) })
 	}
 	return &Plan{Repositories: plans}, nil
 }

@@ -4,6 +4,7 @@ package v1alpha1
 const (
 	DefaultSchedule    = "* * * * *"
 	DefaultConcurrency = 6
+	DefaultMaxRemovals = 50
 )
 
 // SetDefaults writes the defaults into the fields that say nothing.
@@ -13,6 +14,7 @@ func (c *ConnectedRegistry) SetDefaults() {
 	setDefault(&s.LogLevel, LogLevelInformation)
 	setDefault(&s.Sync.Schedule, DefaultSchedule)
 	setDefault(&s.Sync.Concurrency, DefaultConcurrency)
+	setDefault(&s.Sync.MaxRemovals, DefaultMaxRemovals)
 	if s.Sync.Referrers == nil {
 		s.Sync.Referrers = new(true)
 	}

@@ -39,7 +39,7 @@ func TestLoadEveryField(t *testing.T) {
 				{Name: "team/**", Tags: Tags{Include: []string{"1.*", "semver:>=2.1 <3", "stable"}, Exclude: []string{"*-rc?", "regex:.*-(arm|amd)64"}, Newest: 20}, Platforms: []string{"linux/amd64", "linux/arm/v7"}},
 				{Name: "base/debian"},
 			},
-			Sync:          Sync{Schedule: "*/5 * * * *", Window: "PT3H", Concurrency: 4, Referrers: new(false)},
+			Sync:          Sync{Schedule: "*/5 * * * *", Window: "PT3H", Concurrency: 4, Referrers: new(false), MaxRemovals: 20},
 			AnonymousPull: true,
 			ClientTokens: []ClientToken{{
 				Name:      "kubelet",
@@ -77,7 +77,7 @@ func TestLoadDefaults(t *testing.T) {
 			want := Spec{
 				Mode:     ModeReadOnly,
 				LogLevel: LogLevelInformation,
-				Sync:     Sync{Schedule: "* * * * *", Concurrency: 6, Referrers: new(true)},
+				Sync:     Sync{Schedule: "* * * * *", Concurrency: 6, Referrers: new(true), MaxRemovals: 50},
 				Mirrors:  []Mirror{{Registry: "docker.io", ResolveTags: new(true), Fallback: new(true)}},
 			}
 			if diff := cmp.Diff(want, got.Spec); diff != "" {
@@ -114,7 +114,7 @@ func TestLoadProblems(t *testing.T) {
 		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk"}},
 		{"field by another case", head + "  Mode: ReadOnly\n", []string{"f:5: spec.Mode: unknown field: did you mean mode?"}},
 		{"odd field", head + "  \"a\\nb\": 1\n", []string{`f:5: spec."a\nb": unknown field: the fields here are anonymousPull, clientTokens, logLevel, loginServer, mirrors, mode, nodeCache, parent, repositories, sync`}},
-		{"not implemented", head + "  sync: {deletePropagation: true}\n", []string{"f:5: spec.sync.deletePropagation: unknown field: the fields here are concurrency, referrers, schedule, window"}},
+		{"not implemented", head + "  sync: {onDemand: true}\n", []string{"f:5: spec.sync.onDemand: unknown field: the fields here are concurrency, deletePropagation, maxRemovals, referrers, schedule, window"}},
 		{"twice", head + "  mode: ReadOnly\n  mode: ReadWrite\n", []string{"f:6: spec.mode: occurs twice: it is in line 5 already"}},
 		{"number for a string", head + "  repositories:\n  - name: team/app\n    tags: {include: [1.10]}\n  parent: {endpoint: a.example}\n", []string{"f:7: spec.repositories[0].tags.include[0]: must be a string: put 1.10 in quotes"}},
 		{"string for a bool", head + "  anonymousPull: \"yes\"\n", []string{"f:5: spec.anonymousPull: must be true or false"}},
@@ -136,6 +136,10 @@ func TestLoadProblems(t *testing.T) {
 			`f:8: spec.sync.schedule: "0 0 31 2 *" never comes: there is no such day in such a month`,
 			`f:9: spec.sync.concurrency: 65 is not between 1 and 64`,
 			`f:10: spec.logLevel: "info" is not one of Debug, Information, Warning, Error, None`,
+		}},
+		{"removals", head + "  mode: ReadWrite\n  sync:\n    deletePropagation: true\n    maxRemovals: 101\n", []string{
+			`f:7: spec.sync.deletePropagation: cannot stand beside mode ReadWrite, where it would remove what clients push: leave one of them out`,
+			`f:8: spec.sync.maxRemovals: 101 is not a percentage from 1 to 100`,
 		}},
 		{"window", head + "  sync: {window: P8D}\n", []string{`f:5: spec.sync.window: "P8D" is not between PT1M and P7D`}},
 		{"login server", head + "  loginServer: https://edge.example.com\n", []string{"f:5: spec.loginServer: is more than a host: leave out the scheme, the path and credentials"}},

@@ -162,6 +162,16 @@ type Sync struct {
 	// Referrers brings the signatures, attestations and other referrers of
 	// every manifest that is kept. Default true.
 	Referrers *bool `json:"referrers,omitempty"`
+	// DeletePropagation removes tags here that are gone at the parent or no
+	// longer selected; nothing is removed of a repository whose tags the parent
+	// does not list, or while something of it that is wanted cannot be brought.
+	// Images without a tag stay until garbage is collected. It cannot stand
+	// beside mode ReadWrite.
+	DeletePropagation bool `json:"deletePropagation,omitempty"`
+	// MaxRemovals is how much of a repository's tags DeletePropagation removes
+	// at once, in percent, from 1 to 100. More are held, and stand in the
+	// status, until a resync by hand. Default 50.
+	MaxRemovals int `json:"maxRemovals,omitempty"`
 }
 
 // ClientToken is the credential of a client of this registry.
@@ -303,4 +313,8 @@ type RepositoryStatus struct {
 	BytesLeft int64 `json:"bytesLeft"`
 	// LastError is why it is not complete, in one line.
 	LastError string `json:"lastError,omitempty"`
+	// RemovalsHeld is why tags that are gone at the parent, or no longer
+	// selected, are still here, in one line; see Sync.MaxRemovals. Empty: none
+	// is held.
+	RemovalsHeld string `json:"removalsHeld,omitempty"`
 }

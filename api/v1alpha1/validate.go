@@ -53,6 +53,9 @@ func (s *Spec) validate(p *field.Path) field.ErrorList {
 		errs = append(errs, s.Repositories[i].validate(p.Child("repositories").Index(i), s.Parent)...)
 	}
 	errs = append(errs, s.Sync.validate(p.Child("sync"))...)
+	if s.Sync.DeletePropagation && s.Mode == ModeReadWrite {
+		errs = append(errs, forbidden(p.Child("sync", "deletePropagation"), "cannot stand beside mode ReadWrite, where it would remove what clients push: leave one of them out"))
+	}
 	errs = append(errs, validTokens(p.Child("clientTokens"), s.ClientTokens)...)
 	errs = append(errs, validMirrors(p.Child("mirrors"), s.Mirrors)...)
 	errs = append(errs, validQuantity(p.Child("nodeCache", "maxSize"), s.NodeCache.MaxSize)...)
@@ -218,6 +221,9 @@ func (s *Sync) validate(p *field.Path) field.ErrorList {
 	}
 	if s.Concurrency < 1 || s.Concurrency > MaxConcurrency {
 		errs = append(errs, field.Invalid(p.Child("concurrency"), s.Concurrency, fmt.Sprintf("%d is not between 1 and %d", s.Concurrency, MaxConcurrency)))
+	}
+	if s.MaxRemovals < 1 || s.MaxRemovals > 100 {
+		errs = append(errs, field.Invalid(p.Child("maxRemovals"), s.MaxRemovals, fmt.Sprintf("%d is not a percentage from 1 to 100", s.MaxRemovals)))
 	}
 	return errs
 }
