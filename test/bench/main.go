@@ -14,10 +14,16 @@ import (
 )
 
 func main() {
+	// A child is killed with the thread that started it, see start. This one
+	// stays as long as the program.
+	runtime.LockOSThread()
 	if len(os.Args) > 1 && (os.Args[1] == roleRegistry || os.Args[1] == roleCache) {
 		exitOn(serveRole(os.Args[1], os.Args[2:]))
 		return
 	}
+	// Half of the processors for the clients: were they to take turns with the
+	// servers on all of them, the tails would show the kernel's time slices.
+	runtime.GOMAXPROCS(max(1, runtime.NumCPU()/2))
 	var o options
 	flag.DurationVar(&o.round, "round", 1500*time.Millisecond, "how long each side is asked at a stretch")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many turns each side has; the median of their ratios counts")
