@@ -262,16 +262,18 @@ func (s *Standalone) openSyncer(c Config, p *parent) (err error) {
 		}
 	}
 	s.Syncer, err = syncer.New(syncer.Config{
-		Store:        s.store.Namespace(),
-		Driver:       s.store.Driver(),
-		Parent:       p.Parent,
-		Repositories: c.Resource.Spec.Repositories,
-		Schedule:     sync.Schedule,
-		Window:       window,
-		Concurrency:  sync.Concurrency,
-		Referrers:    *sync.Referrers,
-		Progress:     c.Progress,
-		Logger:       c.Logger,
+		Store:             s.store.Namespace(),
+		Driver:            s.store.Driver(),
+		Parent:            p.Parent,
+		Repositories:      c.Resource.Spec.Repositories,
+		Schedule:          sync.Schedule,
+		Window:            window,
+		Concurrency:       sync.Concurrency,
+		Referrers:         *sync.Referrers,
+		DeletePropagation: sync.DeletePropagation,
+		MaxRemovals:       sync.MaxRemovals,
+		Progress:          c.Progress,
+		Logger:            c.Logger,
 	})
 	return err
 }

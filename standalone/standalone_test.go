@@ -317,3 +317,36 @@ func TestNames(t *testing.T) {
 		}
 	}
 }
+
+// TestDeletePropagation wants a tag that is no longer selected to go, if the
+// resource says so.
+func TestDeletePropagation(t *testing.T) {
+	parent := httptest.NewServer(parentregistry.New(parentregistry.Logger(log.New(io.Discard, "", 0))))
+	defer parent.Close()
+	host := strings.TrimPrefix(parent.URL, "http://")
+	push(t, host+"/team/app:v1")
+	push(t, host+"/team/app:v2")
+	data := t.TempDir()
+	for _, test := range []struct {
+		tags, sync string
+		removed    int
+	}{
+		{"[v1, v2]", "{}", 0},
+		{"[v1]", "{}", 0},
+		{"[v1]", "{deletePropagation: true}", 1},
+	} {
+		s, err := Open(t.Context(), Config{Data: data, Resource: load(t, fmt.Sprintf(
+			"  parent: {endpoint: %q, insecure: true}\n  repositories: [{name: team/app, tags: {include: %s}}]\n  sync: %s\n", host, test.tags, test.sync))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		result, err := s.Syncer.Sync(t.Context(), v1alpha1.SyncTriggerManual)
+		s.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if result.TagsRemoved != test.removed {
+			t.Errorf("tags %s, sync %s: %d removed, expected %d", test.tags, test.sync, result.TagsRemoved, test.removed)
+		}
+	}
+}

@@ -59,13 +59,15 @@ It works on the data directory of a standalone registry that is not running.`,
 	return cmd
 }
 
-// progressLines prints a line for each tag that is done or cannot be. A single
+// progressLines prints a line for each tag that is brought, removed or cannot be. A single
 // Fprintf is a single write, so lines of several goroutines stay whole.
 func progressLines(w io.Writer) func(syncer.Event) {
 	return func(e syncer.Event) {
 		switch e.Kind {
 		case syncer.EventTagged:
 			fmt.Fprintf(w, "%s:%s %s\n", e.Repository, e.Tag, e.Digest)
+		case syncer.EventRemoved:
+			fmt.Fprintf(w, "%s:%s removed\n", e.Repository, e.Tag)
 		case syncer.EventFailed:
 			name := e.Repository
 			if e.Tag != "" {
@@ -102,6 +104,9 @@ func printPlan(w io.Writer, plan *syncer.Plan) error {
 func printResult(w io.Writer, r syncer.Result) {
 	for _, repo := range r.Repositories {
 		fmt.Fprintf(w, "%s: %d of %d tags present, %d bytes left\n", repo.Name, repo.TagsPresent, repo.TagsWanted, repo.BytesLeft)
+		if repo.Held != "" {
+			fmt.Fprintf(w, "%s: nothing removed: %s\n", repo.Name, repo.Held)
+		}
 	}
 	fmt.Fprintf(w, "%s: %d blobs, %d bytes fetched in %s\n", r.State, r.BlobsFetched, r.BytesFetched, r.End.Sub(r.Start).Round(time.Millisecond))
 }
