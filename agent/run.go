@@ -74,7 +74,7 @@ func (k *keeper) loop(ctx context.Context) {
 			}
 			soon = true
 			timer.Reset(settleTime)
-		case <-losses:
+		case <-losses: //nolint:errcheck // whatever was lost, the answer is the same
 			// Events were lost: look for ourselves.
 			soon = true
 			timer.Reset(settleTime)

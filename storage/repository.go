@@ -303,7 +303,7 @@ func (s *Store) readLink(driverPath string) (digest.Digest, error) {
 	defer f.Close()
 	var buf [256]byte // the longest digest, sha512, has 135
 	n, err := f.Read(buf[:])
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return "", err
 	}
 	d := digest.Digest(buf[:n])
