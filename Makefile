@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test e2e cluster cluster-down bench lint image
+.PHONY: build demo test clients e2e cluster cluster-down bench lint image
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -17,6 +17,11 @@ test:
 	go vet ./...
 	go test -race ./...
 	go test -C test/containerd -race -count=1 ./...
+
+# The clients that people have, unchanged; as root, for podman's sake.
+clients:
+	@./test/prepare gcc skopeo podman crun
+	go test -C test/clients -count=1 ./...
 
 # What needs a real Kubernetes; the first run compiles one, for a quarter of an hour.
 e2e:
