@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test clients e2e cluster cluster-down bench lint image
+.PHONY: build demo test clients e2e cluster cluster-down bench lint image manifests
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -43,3 +43,7 @@ lint:
 
 image: build
 	go run ./test/image -binary $(BIN) -o dist/connected-registry.tar
+
+# The CRD, from the Go types.
+manifests:
+	go tool -modfile=tools/controller-gen/go.mod controller-gen crd paths=./api/... output:crd:dir=manifests

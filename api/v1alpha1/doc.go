@@ -9,4 +9,6 @@
 // nothing an operator writes is silently ignored.
 //
 // It may import k8s.io/apimachinery and parsers, and nothing of this module.
+//
+// +groupName=connectedregistry.io
 package v1alpha1

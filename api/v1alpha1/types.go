@@ -18,6 +18,15 @@ const (
 
 // ConnectedRegistry is a registry that keeps selected content of a parent
 // registry close to the nodes that run it.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:path=connectedregistries,singular=connectedregistry,scope=Namespaced
+// +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.mode`
+// +kubebuilder:printcolumn:name="Connection state",type=string,JSONPath=`.status.connectionState`
+// +kubebuilder:printcolumn:name=Parent,type=string,JSONPath=`.spec.parent.endpoint`
+// +kubebuilder:printcolumn:name="Login server",type=string,JSONPath=`.spec.loginServer`
+// +kubebuilder:printcolumn:name="Last sync (UTC)",type=date,JSONPath=`.status.lastSyncTime`
 type ConnectedRegistry struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
