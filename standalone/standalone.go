@@ -134,9 +134,17 @@ func (s *Standalone) Run(ctx context.Context) error {
 		g.Go(func() error { return s.Agent.Run(ctx) })
 	}
 	if s.Syncer != nil {
-		g.Go(func() error { return s.Syncer.Run(ctx) })
+		g.Go(func() error { return s.Syncer.Run(plain(ctx)) })
 	}
 	return g.Wait()
+}
+
+// plain ends with ctx but without its cause, which is the fault of another part
+// and would be reported as one of the content.
+func plain(ctx context.Context) context.Context {
+	bare, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	context.AfterFunc(ctx, cancel)
+	return bare
 }
 
 // Close releases the ports and the data directory. It is called once, after

@@ -114,7 +114,7 @@ func TestLoadProblems(t *testing.T) {
 		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk"}},
 		{"field by another case", head + "  Mode: ReadOnly\n", []string{"f:5: spec.Mode: unknown field: did you mean mode?"}},
 		{"odd field", head + "  \"a\\nb\": 1\n", []string{`f:5: spec."a\nb": unknown field: the fields here are anonymousPull, clientTokens, logLevel, loginServer, mirrors, mode, nodeCache, parent, repositories, sync`}},
-		{"not implemented", head + "  sync: {onDemand: true}\n", []string{"f:5: spec.sync.onDemand: unknown field: the fields here are concurrency, deletePropagation, maxRemovals, referrers, schedule, window"}},
+		{"a field that does not exist yet", head + "  sync: {onDemand: true}\n", []string{"f:5: spec.sync.onDemand: unknown field: the fields here are concurrency, deletePropagation, maxRemovals, referrers, schedule, window"}},
 		{"twice", head + "  mode: ReadOnly\n  mode: ReadWrite\n", []string{"f:6: spec.mode: occurs twice: it is in line 5 already"}},
 		{"number for a string", head + "  repositories:\n  - name: team/app\n    tags: {include: [1.10]}\n  parent: {endpoint: a.example}\n", []string{"f:7: spec.repositories[0].tags.include[0]: must be a string: put 1.10 in quotes"}},
 		{"string for a bool", head + "  anonymousPull: \"yes\"\n", []string{"f:5: spec.anonymousPull: must be true or false"}},

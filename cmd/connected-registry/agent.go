@@ -8,10 +8,7 @@ import (
 )
 
 func agentCommand() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "agent",
-		Short: "Look after one node",
-	}
+	cmd := group("agent", "Look after one node")
 	cmd.AddCommand(agentCleanupCommand())
 	return cmd
 }

@@ -32,12 +32,8 @@ func main() {
 // run is the program without the process around it. A nil error is a success,
 // or an end that ctx asked for.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	root := &cobra.Command{
-		Use:           "connected-registry",
-		Short:         "Keeps the images that nodes need next to the nodes that run them",
-		SilenceErrors: true,
-		SilenceUsage:  true,
-	}
+	root := group("connected-registry", "Keeps the images that nodes need next to the nodes that run them")
+	root.SilenceErrors, root.SilenceUsage = true, true
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -51,6 +47,23 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		versionCommand(),
 	)
 	return root.ExecuteContext(ctx)
+}
+
+// group is a command that only holds others. By itself it shows its help;
+// anything that is none of its commands is a mistake, which cobra alone lets
+// pass below the root.
+func group(use, short string) *cobra.Command {
+	return &cobra.Command{
+		Use:   use,
+		Short: short,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			return fmt.Errorf("unknown command %q: see %q", args[0], cmd.CommandPath()+" --help")
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
 }
 
 func versionCommand() *cobra.Command {
