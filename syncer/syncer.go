@@ -349,6 +349,12 @@ func joinOnce(errs []error) error {
 // it appears and when it is gone, not every minute.
 func (s *Syncer) report(ctx context.Context, result Result) {
 	log := s.config.Logger
+	if ctx.Err() != nil && !errors.Is(context.Cause(ctx), errWindow) {
+		// Nothing is wrong with any repository: the program ends.
+		log.Info("synchronisation interrupted, the next one goes on with it", "trigger", result.Trigger, "bytes_fetched", result.BytesFetched)
+		s.metrics.observe(result)
+		return
+	}
 	for _, repo := range result.Repositories {
 		problem := ""
 		if repo.Err != nil {
