@@ -44,6 +44,6 @@ lint:
 image: build
 	go run ./test/image -binary $(BIN) -o dist/connected-registry.tar
 
-# The CRD, from the Go types.
+# The CRD and the deep copies, from the Go types.
 manifests:
-	go tool -modfile=tools/controller-gen/go.mod controller-gen crd paths=./api/... output:crd:dir=manifests
+	go tool -modfile=tools/controller-gen/go.mod controller-gen crd object paths=./api/... output:crd:dir=manifests output:object:dir=api/v1alpha1

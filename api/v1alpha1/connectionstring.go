@@ -22,6 +22,8 @@ const (
 //	ConnectedRegistryName=edge;SyncTokenName=edge-sync;SyncTokenPassword=…;ParentGatewayEndpoint=contoso.eastus.data.azurecr.io;ParentEndpointProtocol=https
 //
 // or the same with ManagedIdentityClientId=… in place of the two token keys.
+//
+// +kubebuilder:object:generate=false
 type ConnectionString struct {
 	// RegistryName is the connected registry's name.
 	RegistryName string

@@ -10,5 +10,6 @@
 //
 // It may import k8s.io/apimachinery and parsers, and nothing of this module.
 //
+// +kubebuilder:object:generate=true
 // +groupName=connectedregistry.io
 package v1alpha1

@@ -13,6 +13,8 @@ const maxGlob = 512
 
 // Glob is a pattern for repository names or tags. The zero Glob matches
 // nothing.
+//
+// +kubebuilder:object:generate=false
 type Glob struct {
 	pattern string
 	re      *regexp.Regexp // nil for a literal

@@ -17,6 +17,7 @@ import (
 	"go.yaml.in/yaml/v4"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	kjson "sigs.k8s.io/json"
 )
 
@@ -28,6 +29,8 @@ const (
 )
 
 // Problem is one thing that is wrong with a document.
+//
+// +kubebuilder:object:generate=false
 type Problem struct {
 	File string
 	// Line counts from 1.
@@ -52,10 +55,22 @@ func (p *Problem) Error() string {
 //
 //	FILE:LINE: spec.sync.schedule: "* * *" is not a cron schedule of five fields: use for example "*/5 * * * *"
 func Load(file string, data []byte) (*ConnectedRegistry, error) {
-	l := &loader{file: file, lines: make(map[string]int)}
-	c := l.load(data)
+	return load[ConnectedRegistry](file, Kind, data)
+}
+
+// document is a type that a file can hold.
+type document[T any] interface {
+	*T
+	SetDefaults()
+	Validate() field.ErrorList
+}
+
+// load reads one document of the kind from data.
+func load[T any, D document[T]](file, kind string, data []byte) (D, error) {
+	l := &loader{file: file, kind: kind, lines: make(map[string]int)}
+	d := read[T, D](l, data)
 	if len(l.problems) == 0 {
-		return c, nil
+		return d, nil
 	}
 	slices.SortStableFunc(l.problems, func(a, b *Problem) int { return cmp.Compare(a.Line, b.Line) })
 	errs := make([]error, len(l.problems))
@@ -67,6 +82,7 @@ func Load(file string, data []byte) (*ConnectedRegistry, error) {
 
 type loader struct {
 	file     string
+	kind     string // of the document
 	problems []*Problem
 	lines    map[string]int // where a field's value, or its key, stands
 	nodes    int
@@ -76,12 +92,13 @@ func (l *loader) problem(line int, path, format string, args ...any) {
 	l.problems = append(l.problems, &Problem{l.file, max(line, 1), path, fmt.Sprintf(format, args...)})
 }
 
-func (l *loader) load(data []byte) *ConnectedRegistry {
+// read returns nil after reporting a problem.
+func read[T any, D document[T]](l *loader, data []byte) D {
 	root := l.parse(data)
-	if root == nil || !l.isConnectedRegistry(root) {
+	if root == nil || !l.isOfKind(root) {
 		return nil
 	}
-	tree := l.value(root, reflect.TypeFor[ConnectedRegistry](), "")
+	tree := l.value(root, reflect.TypeFor[T](), "")
 	if l.nodes > maxNodes {
 		l.problems = nil
 		l.problem(root.Line, "", "has more than %d values: aliases multiply them", maxNodes)
@@ -89,16 +106,16 @@ func (l *loader) load(data []byte) *ConnectedRegistry {
 	if len(l.problems) > 0 {
 		return nil
 	}
-	c, err := decode(tree)
-	if err != nil {
+	d := D(new(T))
+	if err := decode(tree, d); err != nil {
 		l.problem(root.Line, "", "%s", oneLine(err.Error()))
 		return nil
 	}
-	c.SetDefaults()
-	for _, e := range c.Validate() {
+	d.SetDefaults()
+	for _, e := range d.Validate() {
 		l.problem(l.line(e.Field), e.Field, "%s", e.Detail)
 	}
-	return c
+	return d
 }
 
 // parse returns the one document in data, nil after reporting a problem.
@@ -114,7 +131,7 @@ func (l *loader) parse(data []byte) *yaml.Node {
 	}
 	var doc yaml.Node
 	if err := reader.Load(&doc); errors.Is(err, io.EOF) {
-		l.problem(1, "", "is empty: write a ConnectedRegistry, beginning with \"apiVersion: %s\"", APIVersion)
+		l.problem(1, "", "is empty: write a %s, beginning with \"apiVersion: %s\"", l.kind, APIVersion)
 		return nil
 	} else if err != nil {
 		l.syntax(err)
@@ -122,14 +139,14 @@ func (l *loader) parse(data []byte) *yaml.Node {
 	}
 	var second yaml.Node
 	if err := reader.Load(&second); err == nil && !emptyDocument(&second) {
-		l.problem(content(&second).Line, "", "has a second document: only one ConnectedRegistry is read")
+		l.problem(content(&second).Line, "", "has a second document: only one %s is read", l.kind)
 		return nil
 	} else if err != nil && !errors.Is(err, io.EOF) {
 		l.syntax(err)
 		return nil
 	}
 	if emptyDocument(&doc) {
-		l.problem(1, "", "is empty: write a ConnectedRegistry, beginning with \"apiVersion: %s\"", APIVersion)
+		l.problem(1, "", "is empty: write a %s, beginning with \"apiVersion: %s\"", l.kind, APIVersion)
 		return nil
 	}
 	return content(&doc)
@@ -162,14 +179,14 @@ func (l *loader) syntax(err error) {
 	l.problem(line, "", "%s", message)
 }
 
-// isConnectedRegistry checks what the document says it is, before anything else
+// isOfKind checks what the document says it is, before anything else
 // in it is looked at.
-func (l *loader) isConnectedRegistry(root *yaml.Node) bool {
+func (l *loader) isOfKind(root *yaml.Node) bool {
 	if root.Kind != yaml.MappingNode {
-		l.problem(root.Line, "", "is not a ConnectedRegistry: it must begin with \"apiVersion: %s\"", APIVersion)
+		l.problem(root.Line, "", "is not a %s: it must begin with \"apiVersion: %s\"", l.kind, APIVersion)
 		return false
 	}
-	for _, want := range []struct{ field, value string }{{"apiVersion", APIVersion}, {"kind", Kind}} {
+	for _, want := range []struct{ field, value string }{{"apiVersion", APIVersion}, {"kind", l.kind}} {
 		node := child(root, want.field)
 		switch {
 		case node == nil:
@@ -528,12 +545,11 @@ func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 // decode makes the resource out of the checked tree. It is strict once more, so
 // that a field which the checks do not know cannot pass unnoticed.
-func decode(tree any) (*ConnectedRegistry, error) {
+func decode(tree, into any) error {
 	data, err := json.Marshal(tree)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	c := new(ConnectedRegistry)
-	strict, err := kjson.UnmarshalStrict(data, c)
-	return c, errors.Join(append(strict, err)...)
+	strict, err := kjson.UnmarshalStrict(data, into)
+	return errors.Join(append(strict, err)...)
 }

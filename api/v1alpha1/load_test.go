@@ -23,6 +23,7 @@ func TestLoadEveryField(t *testing.T) {
 		t.Fatal(err)
 	}
 	maxSize, minFree := resource.MustParse("20Gi"), resource.MustParse("5000000000")
+	bandwidth, quota := resource.MustParse("2Mi"), resource.MustParse("1Ti")
 	last := metav1.NewTime(time.Date(2026, 1, 31, 12, 0, 0, 0, time.UTC).Local())
 	want := &ConnectedRegistry{
 		TypeMeta:   metav1.TypeMeta{APIVersion: APIVersion, Kind: Kind},
@@ -39,7 +40,10 @@ func TestLoadEveryField(t *testing.T) {
 				{Name: "team/**", Tags: Tags{Include: []string{"1.*", "semver:>=2.1 <3", "stable"}, Exclude: []string{"*-rc?", "regex:.*-(arm|amd)64"}, Newest: 20}, Platforms: []string{"linux/amd64", "linux/arm/v7"}},
 				{Name: "base/debian"},
 			},
-			Sync:          Sync{Schedule: "*/5 * * * *", Window: "PT3H", Concurrency: 4, Referrers: new(false), MaxRemovals: 20},
+			Sync: Sync{
+				Schedule: "*/5 * * * *", Window: "PT3H", Concurrency: 4, ChunkSizeInMb: 64, MaxBandwidth: &bandwidth,
+				MaxRequestsPerHour: 300, MessageTTL: "P7D", OnDemand: new(false), Referrers: new(false), MaxRemovals: 20,
+			},
 			AnonymousPull: true,
 			ClientTokens: []ClientToken{{
 				Name:      "kubelet",
@@ -48,7 +52,22 @@ func TestLoadEveryField(t *testing.T) {
 			}},
 			Mirrors:   []Mirror{{Registry: "docker.io", ResolveTags: new(false), Fallback: new(true)}},
 			NodeCache: NodeCache{MaxSize: &maxSize, MinFreeDisk: &minFree},
-			LogLevel:  LogLevelDebug,
+			Upstreams: []Upstream{{
+				Parent:       Parent{Endpoint: "ghcr.io", CredentialsSecretRef: &SecretRef{Name: "ghcr"}},
+				Prefix:       "ghcr",
+				Repositories: []Repository{{Name: "team/tool"}},
+			}},
+			TLS: TLS{Source: TLSSourceSecret, SecretName: "edge-tls"},
+			TrustDistribution: TrustDistribution{
+				CASecrets:   []CASecret{{Name: "site-ca", Hosts: []string{"harbor.site.example:8443"}}},
+				SystemTrust: new(false), NodeTimeout: "PT1H", Hold: "PT1S",
+			},
+			ImmutableTags:     []ImmutableTags{{Repositories: []string{"release/**"}, Tags: []string{"v*"}}},
+			Quota:             Quota{Total: &quota},
+			GarbageCollection: GarbageCollection{Enabled: new(false), Schedule: "0 4 * * 0", MinAge: "PT48H"},
+			Notifications:     []Notification{{Events: []string{"team/*:push"}, URL: "https://hooks.example.com/push", SecretRef: &SecretRef{Name: "hook"}}},
+			Suspend:           true,
+			LogLevel:          LogLevelDebug,
 		},
 		Status: Status{
 			ConnectionState: ConnectionStateOnline,
@@ -77,8 +96,14 @@ func TestLoadDefaults(t *testing.T) {
 			want := Spec{
 				Mode:     ModeReadOnly,
 				LogLevel: LogLevelInformation,
-				Sync:     Sync{Schedule: "* * * * *", Concurrency: 6, Referrers: new(true), MaxRemovals: 50},
-				Mirrors:  []Mirror{{Registry: "docker.io", ResolveTags: new(true), Fallback: new(true)}},
+				Sync: Sync{
+					Schedule: "* * * * *", Concurrency: 6, ChunkSizeInMb: 16, MessageTTL: "P2D",
+					OnDemand: new(true), Referrers: new(true), MaxRemovals: 50,
+				},
+				Mirrors:           []Mirror{{Registry: "docker.io", ResolveTags: new(true), Fallback: new(true)}},
+				TLS:               TLS{Source: TLSSourceBuiltIn},
+				TrustDistribution: TrustDistribution{SystemTrust: new(true), NodeTimeout: "PT15M", Hold: "PT5M"},
+				GarbageCollection: GarbageCollection{Enabled: new(true), Schedule: "0 3 * * *", MinAge: "PT24H"},
 			}
 			if diff := cmp.Diff(want, got.Spec); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
@@ -111,10 +136,30 @@ func TestLoadProblems(t *testing.T) {
 		{"misspelt field", head + "  sync:\n    schedul: \"* * * * *\"\n", []string{"f:6: spec.sync.schedul: unknown field: did you mean schedule?"}},
 		{"field elsewhere", head + "  window: PT3H\n", []string{"f:5: spec.window: unknown field: did you mean spec.sync.window?"}},
 		{"field in a list elsewhere", head + "  scopeMap: []\n", []string{"f:5: spec.scopeMap: unknown field: did you mean spec.clientTokens[].scopeMap?"}},
-		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk"}},
+		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk, peers, prefetchBandwidth"}},
 		{"field by another case", head + "  Mode: ReadOnly\n", []string{"f:5: spec.Mode: unknown field: did you mean mode?"}},
-		{"odd field", head + "  \"a\\nb\": 1\n", []string{`f:5: spec."a\nb": unknown field: the fields here are anonymousPull, clientTokens, logLevel, loginServer, mirrors, mode, nodeCache, parent, repositories, sync`}},
-		{"a field that does not exist yet", head + "  sync: {onDemand: true}\n", []string{"f:5: spec.sync.onDemand: unknown field: the fields here are concurrency, deletePropagation, maxRemovals, referrers, schedule, window"}},
+		{"odd field", head + "  \"a\\nb\": 1\n", []string{`f:5: spec."a\nb": unknown field: the fields here are anonymousPull, clientTokens, garbageCollection, immutableTags, logLevel, loginServer, mirrors, mode, nodeCache, notifications, parent, quota, repositories, suspend, sync, tls, trustDistribution, upstreams`}},
+		{"a field that does not exist", head + "  sync: {zzzz: true}\n", []string{"f:5: spec.sync.zzzz: unknown field: the fields here are chunkSizeInMb, concurrency, deletePropagation, maxBandwidth, maxRemovals, maxRequestsPerHour, messageTTL, onDemand, referrers, schedule, window"}},
+		{"TLS Secret without a name", head + "  tls: {source: Secret}\n", []string{"f:5: spec.tls.secretName: is required: name a Secret"}},
+		{"TLS Secret that is not used", head + "  tls: {secretName: a}\n", []string{"f:5: spec.tls.secretName: belongs to source Secret alone: leave it out or change the source"}},
+		{"nothing to trust", head + "  tls: {disabled: true}\n", []string{"f:5: spec.tls.disabled: leaves nothing to trust: set trustDistribution.disabled as well"}},
+		{"CA Secret twice", head + "  trustDistribution:\n    caSecrets:\n    - name: a\n    - name: a\n      hosts: [https://b]\n", []string{
+			`f:8: spec.trustDistribution.caSecrets[1].name: "a" is in the list already: give it all its hosts there`,
+			"f:9: spec.trustDistribution.caSecrets[1].hosts[0]: is more than a host: leave out the scheme, the path and credentials",
+		}},
+		{"durations", head + "  trustDistribution: {hold: soon}\n  garbageCollection: {minAge: PT1M}\n  sync: {messageTTL: PT1H}\n", []string{
+			`f:5: spec.trustDistribution.hold: "soon" is not an ISO 8601 duration of weeks, days, hours, minutes and seconds: use for example "PT3H"`,
+			`f:6: spec.garbageCollection.minAge: "PT1M" is not between PT1H and P365D`,
+			`f:7: spec.sync.messageTTL: "PT1H" is not between P1D and P90D`,
+		}},
+		{"notification", head + "  notifications: [{url: 'ftp://key@a'}]\n", []string{
+			`f:5: spec.notifications[0].events: is required: say what of, for example "team/*:push"`,
+			`f:5: spec.notifications[0].url: is not a URL to send to: use for example "https://hooks.example.com/push"`,
+		}},
+		{"upstream without content", head + "  upstreams: [{endpoint: ghcr.io, prefix: /a}]\n", []string{
+			`f:5: spec.upstreams[0].prefix: "/a" is not the beginning of a repository name: use for example "mirror/docker.io"`,
+			"f:5: spec.upstreams[0].repositories: is required: name what to keep of this registry",
+		}},
 		{"twice", head + "  mode: ReadOnly\n  mode: ReadWrite\n", []string{"f:6: spec.mode: occurs twice: it is in line 5 already"}},
 		{"number for a string", head + "  repositories:\n  - name: team/app\n    tags: {include: [1.10]}\n  parent: {endpoint: a.example}\n", []string{"f:7: spec.repositories[0].tags.include[0]: must be a string: put 1.10 in quotes"}},
 		{"string for a bool", head + "  anonymousPull: \"yes\"\n", []string{"f:5: spec.anonymousPull: must be true or false"}},

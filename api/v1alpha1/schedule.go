@@ -12,6 +12,8 @@ import (
 )
 
 // Schedule says when something recurs.
+//
+// +kubebuilder:object:generate=false
 type Schedule interface {
 	// Next is the first time after t.
 	Next(t time.Time) time.Time

@@ -19,6 +19,8 @@ const (
 )
 
 // TagPattern is a pattern for tags. The zero TagPattern matches nothing.
+//
+// +kubebuilder:object:generate=false
 type TagPattern struct {
 	pattern  string
 	glob     Glob

@@ -48,8 +48,11 @@ type Spec struct {
 	// Parent is where the content comes from. Without one nothing is
 	// synchronised.
 	Parent *Parent `json:"parent,omitempty"`
-	// Repositories is the content to keep here. Empty: none.
+	// Repositories is the content of the parent to keep here. Empty: none.
 	Repositories []Repository `json:"repositories,omitempty"`
+	// Upstreams are further registries whose content is kept here, beside the
+	// parent's.
+	Upstreams []Upstream `json:"upstreams,omitempty"`
 	// Sync says when and how the content is brought here.
 	Sync Sync `json:"sync,omitempty"`
 	// AnonymousPull lets clients read without credentials.
@@ -60,6 +63,22 @@ type Spec struct {
 	Mirrors []Mirror `json:"mirrors,omitempty"`
 	// NodeCache bounds the cache on each node.
 	NodeCache NodeCache `json:"nodeCache,omitempty"`
+	// TLS says where the registry's certificate comes from.
+	TLS TLS `json:"tls,omitempty"`
+	// TrustDistribution says what nodes are made to trust.
+	TrustDistribution TrustDistribution `json:"trustDistribution,omitempty"`
+	// ImmutableTags are tags that, once they exist, neither move nor go, by
+	// whatever client.
+	ImmutableTags []ImmutableTags `json:"immutableTags,omitempty"`
+	// Quota bounds what clients may push.
+	Quota Quota `json:"quota,omitempty"`
+	// GarbageCollection frees the space of content that nothing refers to.
+	GarbageCollection GarbageCollection `json:"garbageCollection,omitempty"`
+	// Notifications tell other programs of pushes and deletions.
+	Notifications []Notification `json:"notifications,omitempty"`
+	// Suspend stops synchronisation in both directions; what is here stays
+	// pullable.
+	Suspend bool `json:"suspend,omitempty"`
 	// LogLevel is the least severe level that is logged. Default Information.
 	LogLevel LogLevel `json:"logLevel,omitempty"`
 }
@@ -87,8 +106,8 @@ const (
 )
 
 // Parent is the registry that the content comes from. At most one of
-// CredentialsSecretRef and ConnectionStringSecretRef is set; with neither the
-// parent is read anonymously.
+// CredentialsSecretRef, ConnectionStringSecretRef and AzureIdentity is set; with
+// none of them the parent is read anonymously.
 type Parent struct {
 	// Endpoint is the parent's host, with a port unless it is the scheme's own;
 	// "https://" or "http://" may stand in front. Required, unless a connection
@@ -102,9 +121,30 @@ type Parent struct {
 	// ConnectionStringSecretRef names a Secret whose key connectionString holds
 	// an Azure connection string; see ParseConnectionString.
 	ConnectionStringSecretRef *SecretRef `json:"connectionStringSecretRef,omitempty"`
+	// AzureIdentity reads an Azure container registry with a managed or workload
+	// identity that has the role AcrPull there.
+	AzureIdentity *AzureIdentity `json:"azureIdentity,omitempty"`
 	// CASecretRef names a Secret whose key ca.crt holds the certificates that
 	// the parent's chain is verified against, instead of the system's.
 	CASecretRef *SecretRef `json:"caSecretRef,omitempty"`
+}
+
+// AzureIdentity is an identity that the machine or the pod has.
+type AzureIdentity struct {
+	// ClientID chooses one among several user-assigned identities. Empty: the
+	// workload identity of the pod if it has one, else the only identity of the
+	// machine.
+	ClientID string `json:"clientID,omitempty"`
+}
+
+// Upstream is a registry besides the parent whose content is kept here.
+type Upstream struct {
+	Parent `json:",inline"`
+	// Prefix stands before the name that the upstream's repositories have here,
+	// as in "mirror/docker.io". Empty: they keep their names.
+	Prefix string `json:"prefix,omitempty"`
+	// Repositories is the content of the upstream to keep here. Required.
+	Repositories []Repository `json:"repositories"`
 }
 
 // SecretRef names a Secret in the resource's namespace. In standalone mode that
@@ -123,6 +163,9 @@ const (
 	SecretKeyCA               = "ca.crt"
 	SecretKeyPassword1        = "password1"
 	SecretKeyPassword2        = "password2"
+	SecretKeyTLSCertificate   = "tls.crt"
+	SecretKeyTLSPrivateKey    = "tls.key"
+	SecretKeyAuthorization    = "authorization"
 )
 
 // Repository selects content of the parent. Where several entries match one
@@ -133,6 +176,9 @@ type Repository struct {
 	Name string `json:"name"`
 	// Tags selects among the repository's tags.
 	Tags Tags `json:"tags,omitempty"`
+	// Prefix stands before the name that the repository has here. Empty: it
+	// keeps its name.
+	Prefix string `json:"prefix,omitempty"`
 	// Platforms selects among the children of an image index, as
 	// os/architecture or os/architecture/variant ("linux/amd64",
 	// "linux/arm/v7"). Empty: all of them.
@@ -168,6 +214,21 @@ type Sync struct {
 	// Concurrency is how many blobs are fetched at once, from 1 to 64.
 	// Default 6.
 	Concurrency int `json:"concurrency,omitempty"`
+	// ChunkSizeInMb is how much of a blob one request asks for, in MiB, from 1
+	// to 1024. What is verified so far is never fetched again. Default 16.
+	ChunkSizeInMb int `json:"chunkSizeInMb,omitempty"`
+	// MaxBandwidth is the most that all transfers together take from the
+	// parents, in bytes per second, for example "2Mi". Empty: no limit.
+	MaxBandwidth *resource.Quantity `json:"maxBandwidth,omitempty"`
+	// MaxRequestsPerHour is how many requests a parent is asked at most in any
+	// hour; what does not fit waits. 0: no limit but the parent's own.
+	MaxRequestsPerHour int `json:"maxRequestsPerHour,omitempty"`
+	// MessageTTL is how long what clients pushed or deleted here is kept for
+	// the parent, as an ISO 8601 duration between P1D and P90D. Default P2D.
+	MessageTTL string `json:"messageTTL,omitempty"`
+	// OnDemand brings what a client asked for, and is selected but not here yet,
+	// before everything else. Default true.
+	OnDemand *bool `json:"onDemand,omitempty"`
 	// Referrers brings the signatures, attestations and other referrers of
 	// every manifest that is kept. Default true.
 	Referrers *bool `json:"referrers,omitempty"`
@@ -225,6 +286,117 @@ type Mirror struct {
 	// Fallback lets a node go to the registry itself for what is not here.
 	// Default true.
 	Fallback *bool `json:"fallback,omitempty"`
+	// AnonymousPull lets everybody who reaches this registry read what it holds
+	// under the mirrored name, though other names ask for credentials: nodes
+	// have none of ours for images of another registry. Without it, and without
+	// spec.anonymousPull, such pulls go to the registry itself.
+	AnonymousPull bool `json:"anonymousPull,omitempty"`
+	// Prefetch brings images to the caches of nodes before they are needed.
+	Prefetch []Prefetch `json:"prefetch,omitempty"`
+}
+
+// Prefetch names images for nodes.
+type Prefetch struct {
+	// Images are references without the registry: "team/app:1.2" or
+	// "team/app@sha256:…". Required.
+	Images []string `json:"images"`
+	// NodeSelector chooses nodes by their labels. Empty: every node.
+	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
+}
+
+// TLS says where the registry's certificate comes from.
+type TLS struct {
+	// Source is who makes it. Default BuiltIn.
+	Source TLSSource `json:"source,omitempty"`
+	// SecretName is the operator's Secret with the keys tls.crt and tls.key, and
+	// ca.crt unless the certificate is self-signed. Only with source Secret,
+	// and required there.
+	SecretName string `json:"secretName,omitempty"`
+	// Disabled serves plain HTTP. Nodes must be told by hand then.
+	Disabled bool `json:"disabled,omitempty"`
+}
+
+// TLSSource is who makes the registry's certificate.
+type TLSSource string
+
+// The sources.
+const (
+	// TLSSourceBuiltIn: the syncer, with a CA of its own.
+	TLSSourceBuiltIn TLSSource = "BuiltIn"
+	// TLSSourceCertManager: cert-manager, with objects that the syncer applies.
+	TLSSourceCertManager TLSSource = "CertManager"
+	// TLSSourceSecret: the operator.
+	TLSSourceSecret TLSSource = "Secret"
+)
+
+// TrustDistribution says what nodes are made to trust.
+type TrustDistribution struct {
+	// Disabled leaves nodes alone: no agent runs.
+	Disabled bool `json:"disabled,omitempty"`
+	// CASecrets are Secrets with certificates that nodes trust for the hosts
+	// named, besides this registry's own.
+	CASecrets []CASecret `json:"caSecrets,omitempty"`
+	// SystemTrust also puts the certificates into the trust store of the node's
+	// operating system, for its other programs. Default true.
+	SystemTrust *bool `json:"systemTrust,omitempty"`
+	// ConfigureRuntime lets the agent change the configuration of a container
+	// runtime that does not read hosts.d, and restart it. Default false: it
+	// reports what is to be done.
+	ConfigureRuntime bool `json:"configureRuntime,omitempty"`
+	// NodeTimeout is how long a rotation of certificates waits for a node that
+	// does not answer, as an ISO 8601 duration. Default PT15M.
+	NodeTimeout string `json:"nodeTimeout,omitempty"`
+	// Hold is how long the old certificates stay trusted after every replica
+	// serves the new one, as an ISO 8601 duration. Default PT5M.
+	Hold string `json:"hold,omitempty"`
+}
+
+// CASecret is a Secret whose key ca.crt holds certificates.
+type CASecret struct {
+	// Name is the Secret's name. Required.
+	Name string `json:"name"`
+	// Hosts are the registries, each host[:port], that the certificates are
+	// trusted for. Empty: this registry's own names.
+	Hosts []string `json:"hosts,omitempty"`
+}
+
+// ImmutableTags are tags that neither move nor go.
+type ImmutableTags struct {
+	// Repositories are globs; see ParseGlob. Required.
+	Repositories []string `json:"repositories"`
+	// Tags are patterns; see ParseTagPattern. Empty: every tag.
+	Tags []string `json:"tags,omitempty"`
+}
+
+// Quota bounds what clients may push, in bytes of distinct content.
+type Quota struct {
+	// Total is for all repositories together. Empty: no bound.
+	Total *resource.Quantity `json:"total,omitempty"`
+	// PerRepository is for each repository. Empty: no bound.
+	PerRepository *resource.Quantity `json:"perRepository,omitempty"`
+}
+
+// GarbageCollection frees the space of content that nothing refers to.
+type GarbageCollection struct {
+	// Enabled runs it on Schedule. Default true.
+	Enabled *bool `json:"enabled,omitempty"`
+	// Schedule is a cron line of five fields, in UTC. Default "0 3 * * *".
+	Schedule string `json:"schedule,omitempty"`
+	// MinAge is how old content must be before it is taken away, as an ISO 8601
+	// duration: longer than any push takes. Default PT24H.
+	MinAge string `json:"minAge,omitempty"`
+}
+
+// Notification tells a program of pushes and deletions.
+type Notification struct {
+	// Events are patterns of the form name[:tag][@digest]:(push|delete), in
+	// which "*" stands for anything. Required.
+	Events []string `json:"events"`
+	// URL takes the events as CloudEvents over HTTP. Required.
+	URL string `json:"url"`
+	// SecretRef names a Secret whose key authorization is sent as the
+	// Authorization header. Absent: none is sent.
+	SecretRef *SecretRef `json:"secretRef,omitempty"`
 }
 
 // NodeCache bounds the cache on each node.
@@ -235,6 +407,11 @@ type NodeCache struct {
 	// MinFreeDisk is what the cache leaves free on its file system, for example
 	// "5Gi". Empty: the cache's own default.
 	MinFreeDisk *resource.Quantity `json:"minFreeDisk,omitempty"`
+	// Peers lets nodes ask one another's caches before the registry.
+	Peers bool `json:"peers,omitempty"`
+	// PrefetchBandwidth is the most that prefetching takes on each node, in
+	// bytes per second. Empty: no limit.
+	PrefetchBandwidth *resource.Quantity `json:"prefetchBandwidth,omitempty"`
 }
 
 // Status is what is there.
@@ -293,6 +470,7 @@ const (
 	SyncTriggerInitial  SyncTrigger = "InitialSync"
 	SyncTriggerManual   SyncTrigger = "ManualResync"
 	SyncTriggerSchedule SyncTrigger = "Schedule"
+	SyncTriggerEvent    SyncTrigger = "Event"
 )
 
 // SyncState is how far a synchronisation got.

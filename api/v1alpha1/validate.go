@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,9 +19,10 @@ import (
 
 // Bounds of the fields that have them.
 const (
-	MaxConcurrency = 64
-	MinWindow      = time.Minute
-	MaxWindow      = 7 * 24 * time.Hour
+	MaxConcurrency   = 64
+	MaxChunkSizeInMb = 1024
+	MinWindow        = time.Minute
+	MaxWindow        = 7 * 24 * time.Hour
 )
 
 // Validate reports everything that is wrong with a resource whose defaults are
@@ -52,15 +54,140 @@ func (s *Spec) validate(p *field.Path) field.ErrorList {
 	for i := range s.Repositories {
 		errs = append(errs, s.Repositories[i].validate(p.Child("repositories").Index(i), s.Parent)...)
 	}
+	for i := range s.Upstreams {
+		errs = append(errs, s.Upstreams[i].validate(p.Child("upstreams").Index(i))...)
+	}
 	errs = append(errs, s.Sync.validate(p.Child("sync"))...)
 	if s.Sync.DeletePropagation && s.Mode == ModeReadWrite {
 		errs = append(errs, forbidden(p.Child("sync", "deletePropagation"), "cannot stand beside mode ReadWrite, where it would remove what clients push: leave one of them out"))
 	}
 	errs = append(errs, validTokens(p.Child("clientTokens"), s.ClientTokens)...)
 	errs = append(errs, validMirrors(p.Child("mirrors"), s.Mirrors)...)
-	errs = append(errs, validQuantity(p.Child("nodeCache", "maxSize"), s.NodeCache.MaxSize)...)
-	errs = append(errs, validQuantity(p.Child("nodeCache", "minFreeDisk"), s.NodeCache.MinFreeDisk)...)
+	errs = append(errs, s.NodeCache.validate(p.Child("nodeCache"))...)
+	errs = append(errs, s.TLS.validate(p.Child("tls"))...)
+	if s.TLS.Disabled && !s.TrustDistribution.Disabled {
+		errs = append(errs, forbidden(p.Child("tls", "disabled"), "leaves nothing to trust: set trustDistribution.disabled as well"))
+	}
+	errs = append(errs, s.TrustDistribution.validate(p.Child("trustDistribution"))...)
+	for i := range s.ImmutableTags {
+		errs = append(errs, s.ImmutableTags[i].validate(p.Child("immutableTags").Index(i))...)
+	}
+	errs = append(errs, validQuantity(p.Child("quota", "total"), s.Quota.Total)...)
+	errs = append(errs, validQuantity(p.Child("quota", "perRepository"), s.Quota.PerRepository)...)
+	errs = append(errs, s.GarbageCollection.validate(p.Child("garbageCollection"))...)
+	for i := range s.Notifications {
+		errs = append(errs, s.Notifications[i].validate(p.Child("notifications").Index(i))...)
+	}
 	return errs
+}
+
+func (u *Upstream) validate(p *field.Path) field.ErrorList {
+	errs := u.Parent.validate(p)
+	errs = append(errs, validPrefix(p.Child("prefix"), u.Prefix)...)
+	if len(u.Repositories) == 0 {
+		errs = append(errs, required(p.Child("repositories"), "name what to keep of this registry"))
+	}
+	for i := range u.Repositories {
+		errs = append(errs, u.Repositories[i].validate(p.Child("repositories").Index(i), &u.Parent)...)
+	}
+	return errs
+}
+
+func validPrefix(p *field.Path, prefix string) field.ErrorList {
+	if prefix != "" && !ValidRepositoryName(prefix) {
+		return field.ErrorList{invalid(p, prefix, `is not the beginning of a repository name: use for example "mirror/docker.io"`)}
+	}
+	return nil
+}
+
+func (c *NodeCache) validate(p *field.Path) field.ErrorList {
+	errs := validQuantity(p.Child("maxSize"), c.MaxSize)
+	errs = append(errs, validQuantity(p.Child("minFreeDisk"), c.MinFreeDisk)...)
+	return append(errs, validQuantity(p.Child("prefetchBandwidth"), c.PrefetchBandwidth)...)
+}
+
+func (t *TLS) validate(p *field.Path) field.ErrorList {
+	errs := oneOf(p.Child("source"), t.Source, TLSSourceBuiltIn, TLSSourceCertManager, TLSSourceSecret)
+	switch name := p.Child("secretName"); {
+	case t.Source == TLSSourceSecret:
+		errs = append(errs, (&SecretRef{Name: t.SecretName}).validateAt(name)...)
+	case t.SecretName != "":
+		errs = append(errs, forbidden(name, "belongs to source Secret alone: leave it out or change the source"))
+	}
+	return errs
+}
+
+func (t *TrustDistribution) validate(p *field.Path) field.ErrorList {
+	errs := validCASecrets(p.Child("caSecrets"), t.CASecrets)
+	errs = append(errs, validDuration(p.Child("nodeTimeout"), t.NodeTimeout, time.Second, MaxWindow, "PT1S and P7D")...)
+	return append(errs, validDuration(p.Child("hold"), t.Hold, time.Second, MaxWindow, "PT1S and P7D")...)
+}
+
+func validCASecrets(p *field.Path, secrets []CASecret) field.ErrorList {
+	var errs field.ErrorList
+	seen := make(map[string]bool)
+	for i, s := range secrets {
+		p := p.Index(i)
+		errs = append(errs, (&SecretRef{Name: s.Name}).validate(p)...)
+		if seen[s.Name] {
+			errs = append(errs, field.Duplicate(p.Child("name"), s.Name))
+			errs[len(errs)-1].Detail = fmt.Sprintf("%q is in the list already: give it all its hosts there", s.Name)
+		}
+		seen[s.Name] = true
+		for j, host := range s.Hosts {
+			errs = append(errs, validHost(p.Child("hosts").Index(j), host)...)
+		}
+	}
+	return errs
+}
+
+func (t *ImmutableTags) validate(p *field.Path) field.ErrorList {
+	var errs field.ErrorList
+	if len(t.Repositories) == 0 {
+		errs = append(errs, required(p.Child("repositories"), `name repositories, or "**" for all`))
+	}
+	for i, name := range t.Repositories {
+		errs = append(errs, validRepositoryGlob(p.Child("repositories").Index(i), name)...)
+	}
+	for i, tag := range t.Tags {
+		errs = append(errs, validTagPattern(p.Child("tags").Index(i), tag)...)
+	}
+	return errs
+}
+
+func (g *GarbageCollection) validate(p *field.Path) field.ErrorList {
+	var errs field.ErrorList
+	if _, err := ParseSchedule(g.Schedule); err != nil {
+		errs = append(errs, field.Invalid(p.Child("schedule"), g.Schedule, err.Error()))
+	}
+	return append(errs, validDuration(p.Child("minAge"), g.MinAge, time.Hour, 365*24*time.Hour, "PT1H and P365D")...)
+}
+
+func (n *Notification) validate(p *field.Path) field.ErrorList {
+	var errs field.ErrorList
+	if len(n.Events) == 0 {
+		errs = append(errs, required(p.Child("events"), `say what of, for example "team/*:push"`))
+	}
+	// Quoted nowhere: such URLs carry keys.
+	u, err := url.Parse(n.URL)
+	if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
+		errs = append(errs, field.Invalid(p.Child("url"), field.OmitValueType{}, `is not a URL to send to: use for example "https://hooks.example.com/push"`))
+	}
+	if n.SecretRef != nil {
+		errs = append(errs, n.SecretRef.validate(p.Child("secretRef"))...)
+	}
+	return errs
+}
+
+func validDuration(p *field.Path, s string, least, most time.Duration, between string) field.ErrorList {
+	d, err := ParseDuration(s)
+	if err != nil {
+		return field.ErrorList{field.Invalid(p, s, err.Error())}
+	}
+	if d < least || d > most {
+		return field.ErrorList{invalid(p, s, "is not between "+between)}
+	}
+	return nil
 }
 
 func (r *Parent) validate(p *field.Path) field.ErrorList {
@@ -83,6 +210,9 @@ func (r *Parent) validate(p *field.Path) field.ErrorList {
 	}
 	if r.CredentialsSecretRef != nil && r.ConnectionStringSecretRef != nil {
 		errs = append(errs, forbidden(p.Child("credentialsSecretRef"), "cannot stand beside connectionStringSecretRef: leave one of them out"))
+	}
+	if r.AzureIdentity != nil && (r.CredentialsSecretRef != nil || r.ConnectionStringSecretRef != nil) {
+		errs = append(errs, forbidden(p.Child("azureIdentity"), "cannot stand beside a Secret with credentials: leave one of them out"))
 	}
 	for name, ref := range map[string]*SecretRef{
 		"credentialsSecretRef":      r.CredentialsSecretRef,
@@ -127,7 +257,10 @@ func (r *Parent) Address() (host string, insecure bool, err error) {
 
 // validate quotes nothing: a Secret's content ends up here by mistake.
 func (r *SecretRef) validate(p *field.Path) field.ErrorList {
-	name := p.Child("name")
+	return r.validateAt(p.Child("name"))
+}
+
+func (r *SecretRef) validateAt(name *field.Path) field.ErrorList {
 	if r.Name == "" {
 		return field.ErrorList{required(name, "name a Secret")}
 	}
@@ -159,6 +292,7 @@ func (r *Repository) validate(p *field.Path, parent *Parent) field.ErrorList {
 	if len(errs) == 0 && parent != nil && isDockerHub(parent.Endpoint) && ValidRepositoryName(r.Name) && !strings.Contains(r.Name, "/") {
 		errs = append(errs, invalid(p.Child("name"), r.Name, "is short for library/"+r.Name+" on Docker Hub: write it in full"))
 	}
+	errs = append(errs, validPrefix(p.Child("prefix"), r.Prefix)...)
 	tags := p.Child("tags")
 	for i, tag := range r.Tags.Include {
 		errs = append(errs, validTagPattern(tags.Child("include").Index(i), tag)...)
@@ -219,6 +353,14 @@ func (s *Sync) validate(p *field.Path) field.ErrorList {
 			errs = append(errs, invalid(p.Child("window"), s.Window, "is not between PT1M and P7D"))
 		}
 	}
+	errs = append(errs, validDuration(p.Child("messageTTL"), s.MessageTTL, 24*time.Hour, 90*24*time.Hour, "P1D and P90D")...)
+	errs = append(errs, validQuantity(p.Child("maxBandwidth"), s.MaxBandwidth)...)
+	if s.ChunkSizeInMb < 1 || s.ChunkSizeInMb > MaxChunkSizeInMb {
+		errs = append(errs, field.Invalid(p.Child("chunkSizeInMb"), s.ChunkSizeInMb, fmt.Sprintf("%d is not between 1 and %d", s.ChunkSizeInMb, MaxChunkSizeInMb)))
+	}
+	if s.MaxRequestsPerHour < 0 {
+		errs = append(errs, field.Invalid(p.Child("maxRequestsPerHour"), s.MaxRequestsPerHour, fmt.Sprintf("%d is less than nothing: leave it out for no limit", s.MaxRequestsPerHour)))
+	}
 	if s.Concurrency < 1 || s.Concurrency > MaxConcurrency {
 		errs = append(errs, field.Invalid(p.Child("concurrency"), s.Concurrency, fmt.Sprintf("%d is not between 1 and %d", s.Concurrency, MaxConcurrency)))
 	}
@@ -276,6 +418,11 @@ func validMirrors(p *field.Path, mirrors []Mirror) field.ErrorList {
 	var errs field.ErrorList
 	seen := make(map[string]bool)
 	for i, m := range mirrors {
+		for j, f := range m.Prefetch {
+			if len(f.Images) == 0 {
+				errs = append(errs, required(p.Index(i).Child("prefetch").Index(j).Child("images"), "name the images to bring"))
+			}
+		}
 		p := p.Index(i).Child("registry")
 		switch {
 		case m.Registry == "":
