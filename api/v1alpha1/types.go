@@ -427,6 +427,8 @@ type Status struct {
 	// Repositories says of each selected repository how complete it is, by
 	// name.
 	Repositories []RepositoryStatus `json:"repositories,omitempty"`
+	// Trust says which CA certificates nodes trust, and how far a rotation got.
+	Trust *TrustStatus `json:"trust,omitempty"`
 }
 
 // ConnectionState is the state of the connection to the parent.
