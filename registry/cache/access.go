@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -15,30 +16,28 @@ import (
 // request is what a client asks, with everything that is needed to answer it
 // even after the client has gone.
 type request struct {
-	route
-	registry *registry
-	disk     *disk
-	auth     string // Authorization, as it came
-	accept   string
-	via      string // for upstreams
-	faults   *faults
-
-	reader factKey // "this credential may read this repository"
-	member factKey // "this content is of this repository"
+	target    // its reader is "this credential may read this repository"
+	registry  *registry
+	disk      *disk
+	auth      string      // Authorization, as it came
+	header    http.Header // of the client's request
+	pseudonym string      // in Via
+	faults    *faults
 }
 
 // about returns the request for d in the same repository.
 func (rq *request) about(d digest.Digest) *request {
 	next := *rq
 	next.tag, next.digest = "", d
-	next.member = rq.disk.key.fact("member", rq.registry.host, rq.repo, rq.kind.String(), d.String())
+	next.member = rq.disk.key.member(rq.host, next.route)
 	return &next
 }
 
 func (rq *request) question(method string) question {
 	q := question{
 		method: method, path: rq.path(), filter: rq.filter,
-		accept: rq.accept, auth: rq.auth, via: rq.via,
+		accept: strings.Join(rq.header["Accept"], ", "), auth: rq.auth,
+		via: strings.Join(append(slices.Clip(rq.header["Via"]), "1.1 "+rq.pseudonym), ", "),
 	}
 	if rq.digest != "" {
 		q.avoid = func(up *upstream) *unavailable { return rq.faults.avoid(up, rq.digest) }
@@ -118,29 +117,21 @@ func (rq *request) offline(err error) error {
 	return no
 }
 
-// How stored content came to be served: the detail of Cache-Status.
-const (
-	asStored   = ""
-	asChecked  = "checked"
-	asOffline  = "offline"
-	asStaleTag = "stale-tag"
-)
-
 // permit decides whether the client may have content that is here, asking the
 // registry if need be. The error is what to answer instead.
-func (c *Cache) permit(ctx context.Context, rq *request) (string, error) {
+func (c *Cache) permit(ctx context.Context, rq *request) (outcome, error) {
 	if c.allowed(rq) {
-		return asStored, nil
+		return hitStored, nil
 	}
 	err := c.check(ctx, rq)
 	if err == nil {
-		return asChecked, nil
+		return hitChecked, nil
 	}
 	var down *unavailable
 	if errors.As(err, &down) && c.allowedOffline(rq) {
-		return asOffline, nil
+		return hitOffline, nil
 	}
-	return "", rq.offline(err)
+	return outcome{}, rq.offline(err)
 }
 
 // check asks the registry whether the client may have the content, once for

@@ -45,11 +45,12 @@ type Cache struct {
 
 // disk is what a running Cache keeps under Config.Dir.
 type disk struct {
-	lock   *os.File
-	key    *nodeKey
-	store  *store
-	ledger *ledger
-	notes  notes
+	lock    *os.File
+	key     *nodeKey
+	targets targets
+	store   *store
+	ledger  *ledger
+	notes   notes
 }
 
 // New checks cfg, registers the metrics and prepares a Cache. It touches neither

@@ -284,7 +284,7 @@ type reply struct {
 }
 
 func (r reply) cache() string {
-	return strings.TrimPrefix(r.header.Get("Cache-Status"), cacheName+"; ")
+	return strings.TrimPrefix(r.header.Get("Cache-Status"), "connected-registry; ")
 }
 
 func (n *node) do(method, path string, header ...string) reply {

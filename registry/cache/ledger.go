@@ -50,6 +50,16 @@ func (k *nodeKey) fact(parts ...string) factKey {
 	return factKey(mac.Sum(buf[:0])[:len(factKey{})])
 }
 
+// reader is the fact that a credential, "" for none, may read a repository.
+func (k *nodeKey) reader(host, repo, auth string) factKey {
+	return k.fact("reader", host, repo, auth)
+}
+
+// member is the fact that content is of a repository.
+func (k *nodeKey) member(host string, rt route) factKey {
+	return k.fact("member", host, rt.repo, rt.kind.String(), rt.digest.String())
+}
+
 // loadNodeKey reads the key at path, and makes a new one if there is none or it
 // is damaged: what was remembered under the old one is then forgotten. A new
 // key that cannot be written serves until the cache stops.

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"mime"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -20,9 +21,22 @@ import (
 
 // manifest is a verified manifest.
 type manifest struct {
-	digest    digest.Digest
-	mediaType string
-	body      []byte
+	digest digest.Digest
+	body   []byte
+	header struct{ mediaType, length, digest []string } // as answers bear them
+}
+
+// newManifest returns nil if body is no manifest.
+func newManifest(d digest.Digest, body []byte) *manifest {
+	mediaType := mediaTypeOf(body)
+	if mediaType == "" {
+		return nil
+	}
+	m := &manifest{digest: d, body: body}
+	m.header.mediaType = []string{mediaType}
+	m.header.length = []string{strconv.Itoa(len(body))}
+	m.header.digest = []string{d.String()}
+	return m
 }
 
 // mediaTypeOf returns the media type of a manifest: the one it states, else the
@@ -115,8 +129,8 @@ func (c *Cache) manifestHere(ctx context.Context, st *store, d digest.Digest) (*
 		c.metrics.corrupt.WithLabelValues("store").Inc()
 		return nil, st.discard(d, b.Name(), errors.New("content does not match its digest although its seal holds"))
 	}
-	m := &manifest{digest: d, mediaType: mediaTypeOf(body), body: body}
-	if m.mediaType == "" {
+	m := newManifest(d, body)
+	if m == nil {
 		return nil, fs.ErrNotExist // a blob that someone asks for as a manifest
 	}
 	c.manifests.put(m)
@@ -168,15 +182,16 @@ func (c *Cache) readManifest(rq *request, ans *answer) (*manifest, error) {
 	if len(body) > maxManifest {
 		return nil, &unavailable{"too-large", fmt.Errorf("%s: the manifest is larger than %d bytes", host, maxManifest)}
 	}
-	m := &manifest{digest: rq.digest, mediaType: mediaTypeOf(body), body: body}
-	if m.digest == "" {
-		m.digest = digest.FromBytes(body)
+	d := rq.digest
+	if d == "" {
+		d = digest.FromBytes(body)
 	}
-	if m.digest.Algorithm().FromBytes(body) != m.digest || m.mediaType == "" {
+	m := newManifest(d, body)
+	if m == nil || d.Algorithm().FromBytes(body) != d {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
-		c.faults.distrust(ans.upstream, m.digest)
+		c.faults.distrust(ans.upstream, d)
 		c.log.Warn("an upstream served wrong bytes; they were not kept", "registry", rq.registry.host,
-			"repository", rq.repo, "digest", m.digest, "upstream", host)
+			"repository", rq.repo, "digest", d, "upstream", host)
 		return nil, &unavailable{"bad-content", fmt.Errorf("%s: %w", host, errBadContent)}
 	}
 	return m, nil
@@ -205,7 +220,7 @@ func (c *Cache) serveManifest(w http.ResponseWriter, r *http.Request, rq *reques
 		if err != nil {
 			return err
 		}
-		c.writeManifest(w, r, m, hit(how))
+		c.writeManifest(w, r, m, how)
 		return nil
 	}
 	m, err = c.fetchManifest(r.Context(), rq, c.cfg.Timeouts.Headers)
@@ -252,7 +267,7 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 			c.metrics.staleTags.Inc()
 			c.log.Info("a tag was served as last known: the registry is unreachable",
 				"registry", rq.registry.host, "repository", rq.repo, "tag", rq.tag, "digest", last, "reason", down)
-			c.writeManifest(w, r, m, hit(asStaleTag))
+			c.writeManifest(w, r, m, hitStaleTag)
 			return nil
 		}
 	}
@@ -263,7 +278,7 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 // asked.
 func (c *Cache) manifestNow(ctx context.Context, rq *request, budget time.Duration) (*manifest, outcome, error) {
 	if m, err := c.manifestHere(ctx, rq.disk.store, rq.digest); err == nil {
-		return m, hit(asChecked), nil
+		return m, hitChecked, nil
 	}
 	m, err := c.fetchManifest(ctx, rq, max(budget, c.cfg.Timeouts.Headers/4))
 	return m, missStored, err

@@ -21,6 +21,28 @@ type metrics struct {
 	staleTags    prometheus.Counter
 	storedBytes  prometheus.GaugeFunc
 	storedBlobs  prometheus.GaugeFunc
+
+	// Of requests and served, what is counted most.
+	manifestHits prometheus.Counter
+	storeBytes   prometheus.Counter
+}
+
+// answered counts a request.
+func (m *metrics) answered(k kind, how outcome) {
+	if k == kindManifest && how.result == hitStored.result {
+		m.manifestHits.Inc()
+		return
+	}
+	m.requests.WithLabelValues(k.String(), how.result).Inc()
+}
+
+// sent counts bytes sent to a client.
+func (m *metrics) sent(how outcome, n int64) {
+	if how.source == fromStore {
+		m.storeBytes.Add(float64(n))
+		return
+	}
+	m.served.WithLabelValues(how.source).Add(float64(n))
 }
 
 // newMetrics registers the collectors with reg unless that is nil. usage tells
@@ -62,6 +84,8 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 			Buckets: prometheus.ExponentialBuckets(0.01, 4, 9),
 		}),
 	}
+	m.manifestHits = m.requests.WithLabelValues(kindManifest.String(), hitStored.result)
+	m.storeBytes = m.served.WithLabelValues(fromStore)
 	if reg == nil {
 		return m, nil
 	}

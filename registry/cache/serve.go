@@ -18,35 +18,32 @@ import (
 // outcome says where the bytes of an answer come from, for Cache-Status and
 // metrics.
 type outcome struct {
-	status string // after the name of the cache
+	header []string // of Cache-Status
 	result string
-	source string // "store" or "upstream"
+	source string
 }
 
-const cacheName = "connected-registry"
-
-func hit(how string) outcome {
-	switch how {
-	case asStored:
-		return outcome{"hit", "hit", "store"}
-	case asChecked:
-		return outcome{"hit; detail=checked", "checked", "store"}
-	case asOffline:
-		return outcome{"hit; detail=offline", "offline", "store"}
-	default:
-		return outcome{"hit; detail=stale-tag", "stale-tag", "store"}
-	}
-}
-
-func bypass(why string) outcome {
-	return outcome{"fwd=bypass; detail=" + why, "bypass", "upstream"}
-}
+// Where bytes come from.
+const (
+	fromStore    = "store"
+	fromUpstream = "upstream"
+)
 
 var (
-	missStored = outcome{"fwd=miss; stored", "miss", "upstream"}
-	missJoined = outcome{"fwd=miss; collapsed; stored", "joined", "upstream"}
-	missHead   = outcome{"fwd=miss", "miss", "upstream"}
+	hitStored   = outcome{cacheStatus("hit"), "hit", fromStore}
+	hitChecked  = outcome{cacheStatus("hit; detail=checked"), "checked", fromStore}
+	hitOffline  = outcome{cacheStatus("hit; detail=offline"), "offline", fromStore}
+	hitStaleTag = outcome{cacheStatus("hit; detail=stale-tag"), "stale-tag", fromStore}
+	missStored  = outcome{cacheStatus("fwd=miss; stored"), "miss", fromUpstream}
+	missJoined  = outcome{cacheStatus("fwd=miss; collapsed; stored"), "joined", fromUpstream}
+	missHead    = outcome{cacheStatus("fwd=miss"), "miss", fromUpstream}
 )
+
+func bypass(why string) outcome {
+	return outcome{cacheStatus("fwd=bypass; detail=" + why), "bypass", fromUpstream}
+}
+
+func cacheStatus(of string) []string { return []string{"connected-registry; " + of} }
 
 // cacheStatus is the Cache-Status item of a refusal.
 func (e *refusal) cacheStatus() string {
@@ -96,28 +93,25 @@ func (c *Cache) serve(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Allow", "GET, HEAD")
 		return refuse(http.StatusMethodNotAllowed, "method", "the cache only reads")
 	}
-	rt, err := parseRoute(r.URL)
+	d := c.disk.Load()
+	t, reg, err := c.target(d, r.URL)
 	if err != nil {
 		return err
 	}
-	reg, err := c.registryFor(rt.ns)
-	if err != nil {
-		return err
-	}
-	if rt.kind == kindPing {
+	if t.kind == kindPing {
 		servePing(w)
 		return nil
 	}
-	rq := c.newRequest(rt, reg, r)
+	rq := c.newRequest(d, t, reg, r)
 	err = c.content(w, r, rq)
 	if err != nil {
-		c.setStatus(w, toRefusal(err).cacheStatus())
+		w.Header()["Cache-Status"] = cacheStatus(toRefusal(err).cacheStatus())
 	}
 	return err
 }
 
 func (c *Cache) content(w http.ResponseWriter, r *http.Request, rq *request) error {
-	if strings.Contains(strings.Join(r.Header.Values("Via"), ","), c.pseudonym) {
+	if strings.Contains(strings.Join(r.Header["Via"], ","), c.pseudonym) {
 		return refuse(http.StatusLoopDetected, "loop", "this request has been here before: an upstream of this cache leads back to it")
 	}
 	switch rq.kind {
@@ -143,23 +137,15 @@ func (c *Cache) registryFor(ns string) (*registry, error) {
 	return nil, refuse(http.StatusNotFound, "namespace", "the cache does not answer for this registry")
 }
 
-func (c *Cache) newRequest(rt route, reg *registry, r *http.Request) *request {
-	d := c.disk.Load()
+func (c *Cache) newRequest(d *disk, t *target, reg *registry, r *http.Request) *request {
 	rq := &request{
-		route: rt, registry: reg, disk: d, faults: &c.faults,
-		auth:   r.Header.Get("Authorization"),
-		accept: strings.Join(r.Header.Values("Accept"), ", "),
-		via:    strings.Join(append(r.Header.Values("Via"), "1.1 "+c.pseudonym), ", "),
+		target: *t, registry: reg, disk: d, faults: &c.faults,
+		auth: r.Header.Get("Authorization"), header: r.Header, pseudonym: c.pseudonym,
 	}
-	rq.reader = d.key.fact("reader", reg.host, rt.repo, rq.auth)
-	if rt.digest != "" {
-		rq = rq.about(rt.digest)
+	if rq.auth != "" {
+		rq.reader = d.key.reader(reg.host, t.repo, rq.auth)
 	}
 	return rq
-}
-
-func (c *Cache) setStatus(w http.ResponseWriter, status string) {
-	w.Header().Set("Cache-Status", cacheName+"; "+status)
 }
 
 func servePing(w http.ResponseWriter) {
@@ -171,16 +157,16 @@ func servePing(w http.ResponseWriter) {
 
 func (c *Cache) writeManifest(w http.ResponseWriter, r *http.Request, m *manifest, how outcome) {
 	h := w.Header()
-	h.Set("Content-Type", m.mediaType)
-	h.Set("Content-Length", strconv.Itoa(len(m.body)))
-	h.Set("Docker-Content-Digest", m.digest.String())
-	c.setStatus(w, how.status)
-	c.metrics.requests.WithLabelValues("manifest", how.result).Inc()
+	h["Content-Type"] = m.header.mediaType
+	h["Content-Length"] = m.header.length
+	h["Docker-Content-Digest"] = m.header.digest
+	h["Cache-Status"] = how.header
+	c.metrics.answered(kindManifest, how)
 	if r.Method == http.MethodHead {
 		return
 	}
 	n, _ := w.Write(m.body) // the client's connection is the client's affair
-	c.metrics.served.WithLabelValues(how.source).Add(float64(n))
+	c.metrics.sent(how, int64(n))
 }
 
 // blobHeader begins the answer with s of a blob of size bytes.
@@ -191,8 +177,8 @@ func (c *Cache) blobHeader(w http.ResponseWriter, rq *request, ranged bool, s sp
 	h.Set("Docker-Content-Digest", rq.digest.String())
 	h.Set("Accept-Ranges", "bytes")
 	h.Set("Etag", etag(rq.digest))
-	c.setStatus(w, how.status)
-	c.metrics.requests.WithLabelValues("blob", how.result).Inc()
+	h["Cache-Status"] = how.header
+	c.metrics.answered(kindBlob, how)
 	if !ranged {
 		w.WriteHeader(http.StatusOK)
 		return
@@ -256,11 +242,10 @@ func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) e
 // out to be damaged.
 func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request, b *blob) error {
 	defer func() { _ = b.Close() }()
-	detail, err := c.permit(r.Context(), rq)
+	how, err := c.permit(r.Context(), rq)
 	if err != nil {
 		return err
 	}
-	how := hit(detail)
 	rng := rangeOf(r, rq.digest)
 	s, ok := rng.of(b.size)
 	if !ok {
@@ -284,7 +269,7 @@ func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request,
 	}
 	// The plain file and writer meet in sendfile.
 	n, _ := io.CopyN(w, b.File, s.len())
-	c.metrics.served.WithLabelValues(how.source).Add(float64(n))
+	c.metrics.sent(how, n)
 	return nil
 }
 
@@ -325,13 +310,13 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 		return c.fillFailed(w, r, rq, err, started)
 	}
 	if !started {
-		detail, err := c.permit(ctx, rq)
+		permitted, err := c.permit(ctx, rq)
 		if err != nil {
 			return err
 		}
 		how = missJoined
 		if f.whole() {
-			how = hit(detail) // all of it is on the disk; only its place in the store is to come
+			how = permitted // all of it is on the disk; only its place in the store is to come
 		}
 	}
 	s, ok := rng.of(size)
@@ -399,7 +384,6 @@ func (c *Cache) fillFailed(w http.ResponseWriter, r *http.Request, rq *request, 
 // short of its Content-Length, so that the connection is closed and containerd
 // goes on where it stopped.
 func (c *Cache) follow(ctx context.Context, w http.ResponseWriter, f *fill, file io.Reader, s span, how outcome) {
-	served := c.metrics.served.WithLabelValues(how.source)
 	flushed := false
 	for pos := s.start; pos < s.end; {
 		limit, ok := f.readable(pos)
@@ -416,7 +400,7 @@ func (c *Cache) follow(ctx context.Context, w http.ResponseWriter, f *fill, file
 		}
 		n, err := io.CopyN(w, file, min(limit, s.end)-pos)
 		pos += n
-		served.Add(float64(n))
+		c.metrics.sent(how, n)
 		if err != nil {
 			return
 		}
@@ -453,7 +437,7 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 		out.digest, out.hash = rq.digest, rq.digest.Algorithm().Hash()
 	}
 	err = out.copy(c.asker.watch(ans), s.len())
-	c.metrics.served.WithLabelValues(how.source).Add(float64(out.sent))
+	c.metrics.sent(how, out.sent)
 	if errors.Is(err, errBadContent) {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
 		c.faults.distrust(ans.upstream, rq.digest)
@@ -537,8 +521,8 @@ func (c *Cache) serveReferrers(w http.ResponseWriter, r *http.Request, rq *reque
 		}
 	}
 	how := bypass("referrers")
-	c.setStatus(w, how.status)
-	c.metrics.requests.WithLabelValues(kindReferrers.String(), how.result).Inc()
+	h["Cache-Status"] = how.header
+	c.metrics.answered(kindReferrers, how)
 	if r.Method == http.MethodGet {
 		h.Set("Content-Length", strconv.Itoa(len(list)))
 		_, _ = w.Write(list)
