@@ -8,6 +8,7 @@ import (
 
 	"github.com/connected-registry/connected-registry/agent"
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/syncer"
 )
 
 // loginServer names the registry by the address it listens on; one that listens
@@ -83,22 +84,18 @@ func bracketed(host string) string {
 	return host
 }
 
-// mirrors are the registries that nodes are to ask us for first: those the
-// resource lists, or else the parent.
-func mirrors(r *v1alpha1.ConnectedRegistry, p *parent) []agent.Mirror {
-	listed := r.Spec.Mirrors
-	if len(listed) == 0 && p != nil {
-		listed = []v1alpha1.Mirror{{Registry: p.namespace}}
-	}
+// mirrors are the registries that nodes are to ask us for first.
+func mirrors(spec *v1alpha1.Spec, source *syncer.Source) []agent.Mirror {
 	var all []agent.Mirror
-	for _, m := range listed {
+	for _, m := range syncer.NodeMirrors(spec, source) {
 		mirror := agent.Mirror{
 			Registry:     m.Registry,
 			TagsUpstream: m.ResolveTags != nil && !*m.ResolveTags,
 			NoFallback:   m.Fallback != nil && !*m.Fallback,
+			Server:       m.Server,
 		}
-		if p != nil && m.Registry == p.namespace && !mirror.NoFallback {
-			mirror.Server, mirror.ServerCA = p.server, p.ca
+		if m.CA != "" {
+			mirror.ServerCA = source.Bundle
 		}
 		all = append(all, mirror)
 	}

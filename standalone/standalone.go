@@ -104,14 +104,24 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if s.store, err = storage.Open(ctx, storage.Config{Root: filepath.Join(c.Data, "registry"), Logger: c.Logger}); err != nil {
 		return nil, err
 	}
-	upstream, err := parentOf(c.Resource.Spec.Parent, c.Secrets)
+	sync, source, err := syncer.FromSpec(ctx, &c.Resource.Spec, secrets(c.Secrets))
 	if err != nil {
 		return nil, err
 	}
-	for _, open := range []func(Config, *parent) error{s.openRegistry, s.openSyncer, s.openCache, s.openAgent} {
-		if err := open(c, upstream); err != nil {
+	if err := s.openRegistry(ctx, c); err != nil {
+		return nil, err
+	}
+	if source != nil {
+		if err := s.openSyncer(c, sync); err != nil {
 			return nil, err
 		}
+	}
+	mirrored := mirrors(&c.Resource.Spec, source)
+	if err := s.openCache(c, mirrored); err != nil {
+		return nil, err
+	}
+	if err := s.openAgent(c, mirrored); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -161,7 +171,7 @@ func (s *Standalone) Close() {
 	}
 }
 
-func (s *Standalone) openRegistry(c Config, _ *parent) error {
+func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 	if c.Listen == "" {
 		return nil
 	}
@@ -180,7 +190,7 @@ func (s *Standalone) openRegistry(c Config, _ *parent) error {
 	if err := s.openTLS(filepath.Join(c.Data, "ca"), certs, l.Addr()); err != nil {
 		return err
 	}
-	authority, err := s.openAuth(c)
+	authority, err := s.openAuth(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -197,9 +207,9 @@ func (s *Standalone) openRegistry(c Config, _ *parent) error {
 	return err
 }
 
-func (s *Standalone) openAuth(c Config) (*auth.Authority, error) {
+func (s *Standalone) openAuth(ctx context.Context, c Config) (*auth.Authority, error) {
 	dir := filepath.Join(c.Data, "tokens")
-	if err := renderTokens(c.Resource, c.Secrets, dir); err != nil {
+	if err := renderTokens(ctx, c.Resource, secrets(c.Secrets), dir); err != nil {
 		return nil, err
 	}
 	secret, err := tokenSecret(c.Data)
@@ -258,35 +268,14 @@ func (s *Standalone) keepServing(ctx context.Context) {
 	}
 }
 
-func (s *Standalone) openSyncer(c Config, p *parent) (err error) {
-	if p == nil {
-		return nil
-	}
-	sync := c.Resource.Spec.Sync
-	var window time.Duration
-	if sync.Window != "" {
-		if window, err = v1alpha1.ParseDuration(sync.Window); err != nil {
-			return fmt.Errorf("spec.sync.window: %w", err)
-		}
-	}
-	s.Syncer, err = syncer.New(syncer.Config{
-		Store:             s.store.Namespace(),
-		Driver:            s.store.Driver(),
-		Parent:            p.Parent,
-		Repositories:      c.Resource.Spec.Repositories,
-		Schedule:          sync.Schedule,
-		Window:            window,
-		Concurrency:       sync.Concurrency,
-		Referrers:         *sync.Referrers,
-		DeletePropagation: sync.DeletePropagation,
-		MaxRemovals:       sync.MaxRemovals,
-		Progress:          c.Progress,
-		Logger:            c.Logger,
-	})
+func (s *Standalone) openSyncer(c Config, config syncer.Config) (err error) {
+	config.Store, config.Driver = s.store.Namespace(), s.store.Driver()
+	config.Progress, config.Logger = c.Progress, c.Logger
+	s.Syncer, err = syncer.New(config)
 	return err
 }
 
-func (s *Standalone) openCache(c Config, p *parent) error {
+func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 	if c.CacheListen == "" || s.Registry == nil {
 		return nil
 	}
@@ -304,7 +293,7 @@ func (s *Standalone) openCache(c Config, p *parent) error {
 	}
 	// Credentials that a client has for another registry are not ours to see.
 	central.WithoutCredentials = true
-	for _, m := range mirrors(c.Resource, p) {
+	for _, m := range mirrored {
 		registries[m.Registry] = cache.Registry{Upstreams: []cache.Upstream{central}, TagsUpstream: m.TagsUpstream}
 	}
 	limits := c.Resource.Spec.NodeCache
@@ -324,7 +313,7 @@ func (s *Standalone) openCache(c Config, p *parent) error {
 	return err
 }
 
-func (s *Standalone) openAgent(c Config, p *parent) (err error) {
+func (s *Standalone) openAgent(c Config, mirrored []agent.Mirror) (err error) {
 	if c.NodeRoot == "" || s.Registry == nil {
 		return nil
 	}
@@ -334,7 +323,7 @@ func (s *Standalone) openAgent(c Config, p *parent) (err error) {
 		CA:       s.ca,
 		Push:     c.Resource.Spec.Mode == v1alpha1.ModeReadWrite,
 		CacheURL: s.CacheURL,
-		Mirrors:  mirrors(c.Resource, p),
+		Mirrors:  mirrored,
 		Logger:   c.Logger,
 	})
 	return err

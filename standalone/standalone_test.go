@@ -28,6 +28,7 @@ import (
 
 	"github.com/connected-registry/connected-registry/agent"
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/syncer"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -226,48 +227,15 @@ func writeSecret(t *testing.T, dir, name, key, value string) {
 	}
 }
 
-func TestParentOf(t *testing.T) {
-	secrets := t.TempDir()
-	writeSecret(t, secrets, "basic", "username", "robot\n")
-	writeSecret(t, secrets, "basic", "password", "pass word\n")
-	writeSecret(t, secrets, "hub", ".dockerconfigjson", `{"auths":{"https://index.docker.io/v1/":{"auth":"cm9ib3Q6cGFzczp3b3Jk"}}}`)
-	writeSecret(t, secrets, "azure", "connectionString",
-		"ConnectedRegistryName=edge;SyncTokenName=edge-sync;SyncTokenPassword=pw;ParentGatewayEndpoint=contoso.eastus.data.azurecr.io;ParentEndpointProtocol=https\n")
-
-	type result struct{ Namespace, Server, Endpoint, Username, Password string }
-	for _, test := range []struct {
-		name string
-		spec string
-		want result
-	}{
-		{"anonymous", "  parent: {endpoint: registry.example.com}\n", result{"registry.example.com", "https://registry.example.com", "registry.example.com", "", ""}},
-		{"plain HTTP", "  parent: {endpoint: \"10.0.0.1:5000\", insecure: true}\n", result{"10.0.0.1:5000", "http://10.0.0.1:5000", "10.0.0.1:5000", "", ""}},
-		{"Basic", "  parent: {endpoint: \"https://registry.example.com\", credentialsSecretRef: {name: basic}}\n", result{"registry.example.com", "https://registry.example.com", "registry.example.com", "robot", "pass word"}},
-		{"Docker Hub", "  parent: {endpoint: docker.io, credentialsSecretRef: {name: hub}}\n", result{"docker.io", "https://registry-1.docker.io", "registry-1.docker.io", "robot", "pass:word"}},
-		{"connection string", "  parent: {connectionStringSecretRef: {name: azure}}\n", result{"contoso.azurecr.io", "https://contoso.azurecr.io", "contoso.azurecr.io", "edge-sync", "pw"}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			p, err := parentOf(load(t, test.spec).Spec.Parent, secrets)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := result{p.namespace, p.server, p.Endpoint, p.Username, p.Password}
-			if diff := cmp.Diff(test.want, got); diff != "" {
-				t.Error(diff)
-			}
-		})
-	}
-}
-
 func TestMirrors(t *testing.T) {
 	r := load(t, "  parent: {endpoint: registry.example.com}\n")
-	p, err := parentOf(r.Spec.Parent, "")
+	source, err := syncer.Resolve(t.Context(), r.Spec.Parent, secrets(""))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ignoreCA := cmpopts.IgnoreFields(agent.Mirror{}, "ServerCA")
 	want := []agent.Mirror{{Registry: "registry.example.com", Server: "https://registry.example.com"}}
-	if diff := cmp.Diff(want, mirrors(r, p), ignoreCA); diff != "" {
+	if diff := cmp.Diff(want, mirrors(&r.Spec, source), ignoreCA); diff != "" {
 		t.Errorf("by default the parent is mirrored: %s", diff)
 	}
 	r = load(t, "  parent: {endpoint: registry.example.com}\n  mirrors: [{registry: ghcr.io, resolveTags: false}, {registry: registry.example.com, fallback: false}]\n")
@@ -275,7 +243,7 @@ func TestMirrors(t *testing.T) {
 		{Registry: "ghcr.io", TagsUpstream: true},
 		{Registry: "registry.example.com", NoFallback: true},
 	}
-	if diff := cmp.Diff(want, mirrors(r, p), ignoreCA); diff != "" {
+	if diff := cmp.Diff(want, mirrors(&r.Spec, source), ignoreCA); diff != "" {
 		t.Error(diff)
 	}
 }

@@ -1,9 +1,9 @@
 package standalone
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/syncer"
 	"github.com/connected-registry/connected-registry/trust"
 )
 
@@ -22,7 +23,7 @@ const tokenSecretBytes = 32
 // renderTokens makes dir hold what the registry reads its client tokens from:
 // hashed passwords and scope maps of the tokens that r names. A password that
 // has not changed keeps its hash.
-func renderTokens(r *v1alpha1.ConnectedRegistry, secrets, dir string) error {
+func renderTokens(ctx context.Context, r *v1alpha1.ConnectedRegistry, secrets syncer.Secrets, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making room for client tokens: %w", err)
 	}
@@ -33,7 +34,7 @@ func renderTokens(r *v1alpha1.ConnectedRegistry, secrets, dir string) error {
 	defer root.Close()
 	var keep []string
 	for i, t := range r.Spec.ClientTokens {
-		passwords, err := secret{secrets, t.SecretRef.Name}.passwords()
+		passwords, err := syncer.Passwords(ctx, t.SecretRef.Name, secrets)
 		if err != nil {
 			return fmt.Errorf("spec.clientTokens[%d]: %w", i, err)
 		}
@@ -92,30 +93,6 @@ func removeOthers(root *os.Root, keep []string) error {
 		}
 	}
 	return nil
-}
-
-// passwords reads password1 and password2, of which one may be missing.
-func (s secret) passwords() ([]string, error) {
-	var all []string
-	var missing error
-	for _, key := range []string{v1alpha1.SecretKeyPassword1, v1alpha1.SecretKeyPassword2} {
-		value, err := s.key(key)
-		if errors.Is(err, fs.ErrNotExist) {
-			missing = err
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		if value = strings.TrimRight(value, "\r\n"); value == "" {
-			return nil, fmt.Errorf("Secret %s: %s is empty: put a password into it or remove it", s.name, key)
-		}
-		all = append(all, value)
-	}
-	if len(all) == 0 {
-		return nil, missing
-	}
-	return all, nil
 }
 
 // tokenSecret is what bearer tokens are signed with: made once and kept, so that

@@ -108,10 +108,10 @@ func status(t *testing.T, client *http.Client, url, password string, insist bool
 }
 
 func TestRenderTokens(t *testing.T) {
-	secrets, dir := t.TempDir(), t.TempDir()
-	writeSecret(t, secrets, "a", "password1", "one")
-	writeSecret(t, secrets, "a", "password2", "two")
-	writeSecret(t, secrets, "b", "password1", "three")
+	given, dir := t.TempDir(), t.TempDir()
+	writeSecret(t, given, "a", "password1", "one")
+	writeSecret(t, given, "a", "password2", "two")
+	writeSecret(t, given, "b", "password1", "three")
 	spec := `  clientTokens:
     - {name: a, secretRef: {name: a}, scopeMap: [{repositories: ["**"], actions: [content/read]}]}
 `
@@ -119,7 +119,7 @@ func TestRenderTokens(t *testing.T) {
 `)
 	render := func(r *v1alpha1.ConnectedRegistry) map[string]string {
 		t.Helper()
-		if err := renderTokens(r, secrets, dir); err != nil {
+		if err := renderTokens(t.Context(), r, secrets(given), dir); err != nil {
 			t.Fatal(err)
 		}
 		files := map[string]string{}
@@ -150,14 +150,14 @@ func TestRenderTokens(t *testing.T) {
 	if second := render(both); second["a.json"] != first["a.json"] {
 		t.Error("an unchanged password was hashed anew")
 	}
-	writeSecret(t, secrets, "a", "password2", "changed")
+	writeSecret(t, given, "a", "password2", "changed")
 	if third := render(both); third["a.json"] == first["a.json"] {
 		t.Error("a changed password kept its hash")
 	}
 	if last := render(load(t, spec)); len(last) != 1 {
 		t.Errorf("a token that is gone left %v", last)
 	}
-	if err := renderTokens(load(t, strings.ReplaceAll(spec, "secretRef: {name: a}", "secretRef: {name: c}")), secrets, dir); err == nil || !strings.Contains(err.Error(), "spec.clientTokens[0]: Secret c: ") {
+	if err := renderTokens(t.Context(), load(t, strings.ReplaceAll(spec, "secretRef: {name: a}", "secretRef: {name: c}")), secrets(given), dir); err == nil || !strings.Contains(err.Error(), "spec.clientTokens[0]: Secret c: ") {
 		t.Errorf("a Secret that is missing: %v", err)
 	}
 }

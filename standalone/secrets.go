@@ -1,0 +1,34 @@
+package standalone
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// maxSecretBytes is what Kubernetes allows a whole Secret to hold.
+const maxSecretBytes = 1 << 20
+
+// secrets is the directory that holds a directory for each Secret, with a file
+// for each key, as Kubernetes mounts them.
+type secrets string
+
+// Secret reads one key. Errors name the file, never its content.
+func (dir secrets) Secret(_ context.Context, secret, key string) ([]byte, error) {
+	name := filepath.Join(string(dir), secret, key)
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("Secret %s: %w: in standalone mode a Secret is a directory with a file for each key", secret, err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxSecretBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("Secret %s: reading %s: %w", secret, name, err)
+	}
+	if len(data) > maxSecretBytes {
+		return nil, fmt.Errorf("Secret %s: %s is larger than a Secret may be (1 MiB)", secret, name)
+	}
+	return data, nil
+}

@@ -1,0 +1,263 @@
+package syncer
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/trust"
+)
+
+// Secrets reads the Secrets that a resource names.
+type Secrets interface {
+	// Secret returns one key of a Secret. The error names both, never what the
+	// Secret holds; it wraps fs.ErrNotExist when one of them is not there.
+	Secret(ctx context.Context, name, key string) ([]byte, error)
+}
+
+// FromSpec translates what a valid resource, with its defaults set, says about
+// synchronisation. Store, Driver, and all that belongs to the process rather
+// than to the resource, are left to the caller. The Source is the parent; nil
+// when there is none, and then nothing can be synchronised.
+func FromSpec(ctx context.Context, spec *v1alpha1.Spec, secrets Secrets) (Config, *Source, error) {
+	source, err := Resolve(ctx, spec.Parent, secrets)
+	if err != nil {
+		return Config{}, nil, fmt.Errorf("spec.parent: %w", err)
+	}
+	sync := spec.Sync
+	config := Config{
+		Repositories:      spec.Repositories,
+		Schedule:          sync.Schedule,
+		Concurrency:       sync.Concurrency,
+		Referrers:         sync.Referrers == nil || *sync.Referrers,
+		DeletePropagation: sync.DeletePropagation,
+		MaxRemovals:       sync.MaxRemovals,
+	}
+	if source != nil {
+		config.Parent = source.Parent
+	}
+	if sync.Window != "" {
+		if config.Window, err = v1alpha1.ParseDuration(sync.Window); err != nil {
+			return Config{}, nil, fmt.Errorf("spec.sync.window: %w", err)
+		}
+	}
+	return config, source, nil
+}
+
+// Source is a registry that content comes from, and how nodes know it.
+type Source struct {
+	Parent
+	// Namespace is its host as image references name it.
+	Namespace string
+	// Server is the URL that its API is found at.
+	Server string
+	// Bundle is what its certificate is verified against. Empty: the system's
+	// roots.
+	Bundle trust.Bundle
+}
+
+// Resolve reads what a parent refers to. It returns nil for nil.
+func Resolve(ctx context.Context, spec *v1alpha1.Parent, secrets Secrets) (*Source, error) {
+	if spec == nil {
+		return nil, nil
+	}
+	r := resolver{ctx, secrets}
+	s := &Source{}
+	if err := r.address(s, spec); err != nil {
+		return nil, err
+	}
+	if err := r.authority(s, spec); err != nil {
+		return nil, err
+	}
+	s.Namespace = s.Endpoint
+	if isDockerHub(s.Endpoint) {
+		// Docker Hub goes by one name in image references and by another on
+		// the network.
+		s.Namespace, s.Endpoint = "docker.io", "registry-1.docker.io"
+	}
+	s.Server = "https://" + s.Endpoint
+	if s.Insecure {
+		s.Server = "http://" + s.Endpoint
+	}
+	return s, nil
+}
+
+// NodeMirrors are the registries that nodes are to ask us for first: those the
+// resource lists, or else the parent. source is nil when there is none.
+func NodeMirrors(spec *v1alpha1.Spec, source *Source) []v1alpha1.NodeMirror {
+	listed := spec.Mirrors
+	if len(listed) == 0 && source != nil {
+		listed = []v1alpha1.Mirror{{Registry: source.Namespace, ResolveTags: new(true), Fallback: new(true)}}
+	}
+	var all []v1alpha1.NodeMirror
+	for _, m := range listed {
+		mirror := v1alpha1.NodeMirror{Mirror: m}
+		if source != nil && m.Registry == source.Namespace && (m.Fallback == nil || *m.Fallback) {
+			mirror.Server, mirror.CA = source.Server, string(source.Bundle.PEM())
+		}
+		all = append(all, mirror)
+	}
+	return all
+}
+
+// Passwords reads password1 and password2 of a client token's Secret, of which
+// one may be missing.
+func Passwords(ctx context.Context, name string, secrets Secrets) ([]string, error) {
+	var all []string
+	var missing error
+	for _, key := range []string{v1alpha1.SecretKeyPassword1, v1alpha1.SecretKeyPassword2} {
+		value, err := secrets.Secret(ctx, name, key)
+		if errors.Is(err, fs.ErrNotExist) {
+			missing = err
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		password := strings.TrimRight(string(value), "\r\n")
+		if password == "" {
+			return nil, fmt.Errorf("Secret %s: %s is empty: put a password into it or remove it", name, key)
+		}
+		all = append(all, password)
+	}
+	if len(all) == 0 {
+		return nil, missing
+	}
+	return all, nil
+}
+
+// resolver reads Secrets for one call of Resolve.
+type resolver struct {
+	ctx     context.Context //nolint:containedctx // lives as long as one call
+	secrets Secrets
+}
+
+func (r resolver) key(name, key string) (string, error) {
+	data, err := r.secrets.Secret(r.ctx, name, key)
+	return string(data), err
+}
+
+// address finds the parent's host and the credentials for it.
+func (r resolver) address(s *Source, spec *v1alpha1.Parent) (err error) {
+	if spec.ConnectionStringSecretRef != nil {
+		return r.connectionString(s, spec.ConnectionStringSecretRef.Name)
+	}
+	if s.Endpoint, s.Insecure, err = spec.Address(); err != nil {
+		return fmt.Errorf("endpoint: %w", err)
+	}
+	if spec.CredentialsSecretRef != nil {
+		s.Username, s.Password, err = r.credentials(spec.CredentialsSecretRef.Name, s.Endpoint)
+	}
+	return err
+}
+
+func (r resolver) connectionString(s *Source, name string) error {
+	text, err := r.key(name, v1alpha1.SecretKeyConnectionString)
+	if err != nil {
+		return err
+	}
+	cs, err := v1alpha1.ParseConnectionString(strings.TrimSpace(text))
+	if err != nil {
+		return fmt.Errorf("Secret %s: %w", name, err)
+	}
+	if cs.ManagedIdentityClientID != "" {
+		return fmt.Errorf("Secret %s: the connection string asks for a managed identity, which there is none of here: use one with a sync token", name)
+	}
+	s.Endpoint, s.Insecure = cs.LoginServer(), cs.ParentEndpointProtocol == "http"
+	s.Username, s.Password = cs.SyncTokenName, cs.SyncTokenPassword
+	return nil
+}
+
+// authority reads the parent's own CA. The pool holds these certificates alone.
+func (r resolver) authority(s *Source, spec *v1alpha1.Parent) error {
+	if spec.CASecretRef == nil {
+		return nil
+	}
+	name := spec.CASecretRef.Name
+	pem, err := r.key(name, v1alpha1.SecretKeyCA)
+	if err != nil {
+		return err
+	}
+	bundle, _, err := trust.ParseBundle([]byte(pem), time.Now())
+	if err != nil {
+		return fmt.Errorf("Secret %s, key %s: %w", name, v1alpha1.SecretKeyCA, err)
+	}
+	s.Bundle, s.CA = bundle, bundle.Pool()
+	return nil
+}
+
+// credentials reads username and password, or the entry for host in a
+// .dockerconfigjson. An editor's line end after a value is not part of it.
+func (r resolver) credentials(name, host string) (username, password string, err error) {
+	docker, err := r.key(name, v1alpha1.SecretKeyDockerConfigJSON)
+	if err == nil {
+		username, password, err = dockerCredentials([]byte(docker), host)
+		if err != nil {
+			return "", "", fmt.Errorf("Secret %s, key %s: %w", name, v1alpha1.SecretKeyDockerConfigJSON, err)
+		}
+		return username, password, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", "", err
+	}
+	if username, err = r.key(name, v1alpha1.SecretKeyUsername); err != nil {
+		return "", "", err
+	}
+	if password, err = r.key(name, v1alpha1.SecretKeyPassword); err != nil {
+		return "", "", err
+	}
+	return strings.TrimRight(username, "\r\n"), strings.TrimRight(password, "\r\n"), nil
+}
+
+// dockerCredentials finds host in a docker configuration file. Errors never
+// quote the file.
+func dockerCredentials(config []byte, host string) (username, password string, err error) {
+	var file struct {
+		Auths map[string]struct {
+			Auth     string `json:"auth"`
+			Username string `json:"username"`
+			Password string `json:"password"`
+		} `json:"auths"`
+	}
+	if err := json.Unmarshal(config, &file); err != nil {
+		return "", "", errors.New("not a docker configuration file in JSON")
+	}
+	for name, entry := range file.Auths {
+		if !sameRegistry(name, host) {
+			continue
+		}
+		if entry.Auth == "" {
+			return entry.Username, entry.Password, nil
+		}
+		pair, err := base64.StdEncoding.DecodeString(entry.Auth)
+		if err != nil {
+			return "", "", fmt.Errorf("auths[%q].auth is not base64", name)
+		}
+		username, password, ok := strings.Cut(string(pair), ":")
+		if !ok {
+			return "", "", fmt.Errorf("auths[%q].auth is not user:password", name)
+		}
+		return username, password, nil
+	}
+	return "", "", fmt.Errorf("auths has no entry for %s", host)
+}
+
+// sameRegistry compares a docker configuration's key, which may be a URL such
+// as Docker Hub's https://index.docker.io/v1/, with a registry's host.
+func sameRegistry(key, host string) bool {
+	if _, rest, ok := strings.Cut(key, "://"); ok {
+		key = rest
+	}
+	key, _, _ = strings.Cut(key, "/")
+	return key == host || isDockerHub(key) && isDockerHub(host)
+}
+
+func isDockerHub(host string) bool {
+	return host == "docker.io" || host == "index.docker.io" || host == "registry-1.docker.io"
+}
