@@ -14,15 +14,16 @@ const module = "github.com/connected-registry/connected-registry/"
 // mayImport says which packages of this module each package may import, tests
 // aside. A package that is missing here may be imported by none and import all.
 var mayImport = map[string][]string{
-	"api/v1alpha1":   {},
-	"trust":          {},
-	"storage":        {},
-	"agent":          {"trust"},
-	"registry":       {"trust", "api/v1alpha1", "storage", "registry/auth"},
-	"registry/auth":  {"api/v1alpha1"},
-	"registry/cache": {"trust", "api/v1alpha1", "storage"},
-	"syncer":         {"trust", "api/v1alpha1", "storage"},
-	"standalone":     {"trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
+	"api/v1alpha1":        {},
+	"trust":               {},
+	"storage":             {},
+	"agent":               {"trust"},
+	"registry":            {"trust", "api/v1alpha1", "storage", "registry/auth"},
+	"registry/auth":       {"api/v1alpha1"},
+	"registry/cache":      {"trust", "api/v1alpha1", "storage"},
+	"syncer":              {"trust", "api/v1alpha1", "storage"},
+	"syncer/certificates": {"trust", "api/v1alpha1"},
+	"standalone":          {"trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
 }
 
 // TestImports holds the packages to the picture in ARCHITECTURE.md.
