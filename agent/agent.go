@@ -10,6 +10,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 
 	"github.com/connected-registry/connected-registry/trust"
 )
@@ -22,9 +23,14 @@ type Config struct {
 	// CertsDir is containerd's hosts directory, as a path inside NodeRoot.
 	// Empty: /etc/containerd/certs.d.
 	CertsDir string
-	// Registry is the connected registry's own host[:port], as image
-	// references name it. It is asked over https. Required.
+	// Registry is the host[:port] at which the connected registry is reached.
+	// Required.
 	Registry string
+	// PlainHTTP asks Registry over http. False: over https.
+	PlainHTTP bool
+	// Names are the hosts[:port] by which image references name the connected
+	// registry. Empty: Registry.
+	Names []string
 	// CA are the roots of the registry's serving certificate. Empty: the
 	// system's roots alone.
 	CA trust.Bundle
@@ -37,11 +43,41 @@ type Config struct {
 	// Mirrors are further registries whose images come from the connected
 	// registry first. Empty: none.
 	Mirrors []Mirror
+	// Trusted are registries that are asked themselves and nobody else, with
+	// roots besides the system's. Empty: none.
+	Trusted []Trusted
+	// SkipRegistry leaves the connected registry out where another host can be
+	// asked instead, since it is known not to answer. False: it is asked.
+	SkipRegistry bool
 	// SystemTrust also puts CA into the node's system trust store, for the
 	// other programs on the node. False: the store is left alone.
 	SystemTrust bool
 	// Logger receives what happened. Nil: nothing is logged.
 	Logger *slog.Logger
+	// Report, if set, is told of every attempt that Run makes, from one
+	// goroutine. It must not block.
+	Report func(Report)
+}
+
+// Trusted is a registry whose own roots are not the system's.
+type Trusted struct {
+	// Registry is the host[:port] as image references name it. Required.
+	Registry string
+	// CA are its roots. Required.
+	CA trust.Bundle
+}
+
+// Report says how an attempt to bring the node to what it should hold went.
+type Report struct {
+	// Config is what was applied.
+	Config Config
+	// Err is what went wrong, as [Agent.Apply] returns it.
+	Err error
+	// Held are the registries that were left as they were found, since another
+	// program keeps changing their files.
+	Held []string
+	// Changed is the number of files that were written or removed.
+	Changed int
 }
 
 // Mirror is a registry that is redirected to the connected one.
@@ -74,10 +110,19 @@ type CleanupConfig struct {
 
 // Agent keeps one node as its Config says.
 type Agent struct {
-	want     trust.State
-	store    *trust.Store
+	desired  atomic.Pointer[desired]
+	news     chan struct{} // holds one element when desired may have changed
+	tuning   trust.StoreConfig
 	nodeRoot string
 	log      *slog.Logger
+	report   func(Report)
+}
+
+// desired is what New or Set was given, and what follows from it.
+type desired struct {
+	cfg   Config
+	want  trust.State
+	store *trust.Store
 }
 
 // New checks cfg. It touches nothing on the node.
@@ -85,16 +130,43 @@ func New(cfg Config) (*Agent, error) { return newAgent(cfg, trust.StoreConfig{})
 
 // newAgent takes what else a store can be told.
 func newAgent(cfg Config, tuning trust.StoreConfig) (*Agent, error) {
+	a := &Agent{
+		news:     make(chan struct{}, 1),
+		tuning:   tuning,
+		nodeRoot: rootOf(cfg.NodeRoot),
+		log:      logger(cfg.Logger),
+		report:   cfg.Report,
+	}
+	if a.report == nil {
+		a.report = func(Report) {}
+	}
+	return a, a.Set(cfg)
+}
+
+// Set replaces what the node should hold. A Run under way brings the node to it
+// at once; of several in a row, the last one counts. NodeRoot, Logger and Report
+// stay those that New was given. On an error nothing changes.
+func (a *Agent) Set(cfg Config) error {
 	want, err := plan(cfg)
 	if err != nil {
-		return nil, fmt.Errorf("node configuration: %w", err)
+		return fmt.Errorf("node configuration: %w", err)
 	}
-	tuning.NodeRoot, tuning.CertsDir = cfg.NodeRoot, cfg.CertsDir
-	store, err := trust.NewStore(tuning)
-	if err != nil {
-		return nil, fmt.Errorf("node configuration: %w", err)
+	next := &desired{cfg: cfg, want: want}
+	if now := a.desired.Load(); now != nil && now.cfg.CertsDir == cfg.CertsDir {
+		next.store = now.store
+	} else {
+		tuning := a.tuning
+		tuning.NodeRoot, tuning.CertsDir = a.nodeRoot, cfg.CertsDir
+		if next.store, err = trust.NewStore(tuning); err != nil {
+			return fmt.Errorf("node configuration: %w", err)
+		}
 	}
-	return &Agent{want: want, store: store, nodeRoot: rootOf(cfg.NodeRoot), log: logger(cfg.Logger)}, nil
+	a.desired.Store(next)
+	select {
+	case a.news <- struct{}{}:
+	default: // the last news were not looked at yet
+	}
+	return nil
 }
 
 func rootOf(nodeRoot string) string {
@@ -116,7 +188,8 @@ func logger(l *slog.Logger) *slog.Logger {
 // and nothing is half written; [trust.OwnerErrors] tells whether the rest of
 // the work is done.
 func (a *Agent) Apply(ctx context.Context) (changed []string, err error) {
-	result, err := a.store.Apply(ctx, a.want)
+	d := a.desired.Load()
+	result, err := d.store.Apply(ctx, d.want)
 	logResult(a.log, result)
 	return paths(result), err
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/connected-registry/connected-registry/trust"
@@ -23,13 +24,18 @@ func plan(cfg Config) (trust.State, error) {
 	if err := checkConfig(cfg); err != nil {
 		return trust.State{}, err
 	}
-	state := trust.State{
-		Registries:  []trust.Registry{planOwn(cfg)},
-		SystemTrust: cfg.SystemTrust,
-		SystemCAs:   cfg.CA,
+	state := trust.State{SystemTrust: cfg.SystemTrust, SystemCAs: cfg.CA}
+	for _, name := range ownNames(cfg) {
+		state.Registries = append(state.Registries, planOwn(cfg, name))
 	}
 	for _, m := range cfg.Mirrors {
 		state.Registries = append(state.Registries, planMirror(cfg, m))
+	}
+	for _, t := range cfg.Trusted {
+		state.Registries = append(state.Registries, trust.Registry{
+			Hosts: trust.Hosts{Registry: t.Registry, Server: trust.Hop{CA: serverCAFile}},
+			CAs:   map[string]trust.Bundle{serverCAFile: t.CA},
+		})
 	}
 	return state, trust.CheckState(state)
 }
@@ -63,7 +69,7 @@ func checkMirror(cfg Config, m Mirror) error {
 		}
 	}
 	switch {
-	case m.Registry == cfg.Registry:
+	case slices.Contains(ownNames(cfg), m.Registry):
 		return errors.New("is the connected registry itself: remove it from the mirrors")
 	case m.NoFallback && (m.Server != "" || !m.ServerCA.Empty()):
 		return errors.New("names an upstream and forbids to ask it: remove one of the two")
@@ -75,9 +81,16 @@ func checkMirror(cfg Config, m Mirror) error {
 	return nil
 }
 
+func ownNames(cfg Config) []string {
+	if len(cfg.Names) == 0 {
+		return []string{cfg.Registry}
+	}
+	return cfg.Names
+}
+
 // planOwn: the cache, then the registry itself.
-func planOwn(cfg Config) trust.Registry {
-	r := newRegistry(cfg, cfg.Registry)
+func planOwn(cfg Config, name string) trust.Registry {
+	r := newRegistry(cfg, name)
 	if cfg.CacheURL != "" {
 		r.Hosts.Hops = append(r.Hosts.Hops, cacheHop(cfg, trust.Pull, trust.Resolve))
 	}
@@ -103,7 +116,9 @@ func planMirror(cfg Config, m Mirror) trust.Registry {
 		r.Hosts.Server, r.Hosts.Role = registry, trust.ServerOnly
 		return r
 	}
-	r.Hosts.Hops = append(r.Hosts.Hops, registry)
+	if !cfg.SkipRegistry {
+		r.Hosts.Hops = append(r.Hosts.Hops, registry)
+	}
 	r.Hosts.Server.URL = m.Server
 	if !m.ServerCA.Empty() {
 		r.Hosts.Server.CA = serverCAFile
@@ -114,7 +129,7 @@ func planMirror(cfg Config, m Mirror) trust.Registry {
 
 func newRegistry(cfg Config, name string) trust.Registry {
 	r := trust.Registry{Hosts: trust.Hosts{Registry: name}, CAs: map[string]trust.Bundle{}}
-	if !cfg.CA.Empty() {
+	if asksWithCA(cfg) {
 		r.CAs[caFile] = cfg.CA
 	}
 	return r
@@ -127,11 +142,17 @@ func cacheHop(cfg Config, capabilities ...string) trust.Hop {
 
 func ownHop(cfg Config) trust.Hop {
 	hop := trust.Hop{URL: trust.HTTPS(cfg.Registry), DialTimeout: dialTimeout}
+	if cfg.PlainHTTP {
+		hop.URL = "http://" + cfg.Registry
+	}
 	if !cfg.Push {
 		hop.Capabilities = []string{trust.Pull, trust.Resolve}
 	}
-	if !cfg.CA.Empty() {
+	if asksWithCA(cfg) {
 		hop.CA = caFile
 	}
 	return hop
 }
+
+// asksWithCA: a CA beside http would make containerd try https first.
+func asksWithCA(cfg Config) bool { return !cfg.CA.Empty() && !cfg.PlainHTTP }

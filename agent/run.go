@@ -47,11 +47,12 @@ func (a *Agent) Run(ctx context.Context) error {
 // keeper is the state of one Run.
 type keeper struct {
 	*Agent
+	applied  *desired // the last attempt's
 	once     onceLog
 	watcher  *watcher // nil if there is none to be had
 	certs    string   // the hosts directory as it was found last
 	fights   map[string]*fight
-	settled  bool // the first attempt is over: from now on, a change is drift
+	settled  bool // applied was carried out once: from now on, a change is drift
 	failures int  // attempts in a row that could not be carried through
 }
 
@@ -68,6 +69,12 @@ func (k *keeper) loop(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-k.news:
+			if k.desired.Load() == k.applied {
+				continue
+			}
+			soon = true
+			timer.Reset(0)
 		case e := <-events:
 			if soon || k.failures > 0 || !k.watcher.concerns(e) {
 				continue
@@ -95,14 +102,12 @@ func (k *keeper) loop(ctx context.Context) {
 // apply makes one attempt, without what is being fought over. The error is nil
 // if that went through, be it with faults that concern one registry.
 func (k *keeper) apply(ctx context.Context, now time.Time) error {
-	want := k.want
-	want.Registries = slices.Clone(want.Registries)
-	for i, r := range want.Registries {
-		want.Registries[i].Hold = k.fight(r.Hosts.Registry).resting(now)
+	d := k.desired.Load()
+	if d != k.applied {
+		k.begin(d, now)
 	}
-	want.HoldSystemTrust = k.fight(trust.SystemTrustOwner).resting(now)
-
-	result, err := k.store.Apply(ctx, want)
+	want, held := k.holding(d.want, now)
+	result, err := d.store.Apply(ctx, want)
 	k.once.begin()
 	if result.CertsDir != "" {
 		k.certs = result.CertsDir
@@ -115,6 +120,9 @@ func (k *keeper) apply(ctx context.Context, now time.Time) error {
 	}
 	k.countRewrites(result, now)
 	k.settled = true
+	if ctx.Err() == nil {
+		k.report(Report{Config: d.cfg, Err: err, Held: held, Changed: len(result.Changed)})
+	}
 	faults := trust.OwnerErrors(err)
 	for _, f := range faults {
 		k.once.say(ctx, slog.LevelError, "part of the node could not be put right", "error", f)
@@ -129,6 +137,33 @@ func (k *keeper) apply(ctx context.Context, now time.Time) error {
 	}
 	k.failures++
 	return err
+}
+
+// begin takes up something new: what it changes on the node is no drift, and a
+// truce was about something else.
+func (k *keeper) begin(d *desired, now time.Time) {
+	k.applied, k.settled = d, false
+	for _, f := range k.fights {
+		if f.resting(now) {
+			f.until = now
+		}
+	}
+}
+
+// holding returns want without what is being fought over, and whose that is.
+func (k *keeper) holding(want trust.State, now time.Time) (_ trust.State, held []string) {
+	want.Registries = slices.Clone(want.Registries)
+	for i, r := range want.Registries {
+		if k.fight(r.Hosts.Registry).resting(now) {
+			want.Registries[i].Hold = true
+			held = append(held, r.Hosts.Registry)
+		}
+	}
+	if k.fight(trust.SystemTrustOwner).resting(now) {
+		want.HoldSystemTrust = true
+		held = append(held, trust.SystemTrustOwner)
+	}
+	return want, held
 }
 
 // countRewrites looks for fights in what had to be put right.
