@@ -39,6 +39,7 @@ var layoutDirs = []string{
 	"docker/registry/v2/blobs",
 	"docker/registry/v2/repositories",
 	quarantineDir,
+	partialDir,
 	trashDir,
 }
 
