@@ -15,15 +15,17 @@ const module = "github.com/connected-registry/connected-registry/"
 // aside. A package that is missing here may be imported by none and import all.
 var mayImport = map[string][]string{
 	"api/v1alpha1":        {},
+	"clienttoken":         {"api/v1alpha1"},
 	"trust":               {},
 	"storage":             {},
 	"agent":               {"trust"},
 	"registry":            {"trust", "api/v1alpha1", "storage", "registry/auth"},
-	"registry/auth":       {"api/v1alpha1"},
+	"registry/auth":       {"api/v1alpha1", "clienttoken"},
 	"registry/cache":      {"trust", "api/v1alpha1", "storage"},
 	"syncer":              {"trust", "api/v1alpha1", "storage"},
 	"syncer/certificates": {"trust", "api/v1alpha1"},
-	"standalone":          {"trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
+	"syncer/controller":   {"api/v1alpha1", "clienttoken", "trust", "storage", "syncer", "syncer/certificates"},
+	"standalone":          {"clienttoken", "trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
 }
 
 // TestImports holds the packages to the picture in ARCHITECTURE.md.

@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/clienttoken"
 	"github.com/connected-registry/connected-registry/registry/auth"
 )
 
@@ -39,7 +40,7 @@ func newAuthority(t *testing.T, anonymous bool) *auth.Authority {
 		"team":   {scope("team/**", read, write, del, meta), scope("shared", read)},
 		"reader": {scope("team/**", read, meta)},
 	} {
-		content, err := json.Marshal(auth.TokenFile{Passwords: []string{cheapHash(t, name)}, ScopeMap: scopes})
+		content, err := json.Marshal(clienttoken.File{Passwords: []string{cheapHash(t, name)}, ScopeMap: scopes})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -54,7 +55,7 @@ func newAuthority(t *testing.T, anonymous bool) *auth.Authority {
 	return a
 }
 
-// cheapHash is what auth.HashPassword makes, of few iterations.
+// cheapHash is what clienttoken.HashPassword makes, of few iterations.
 func cheapHash(t *testing.T, password string) string {
 	t.Helper()
 	salt := []byte("salt for a test")

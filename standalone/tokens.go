@@ -1,18 +1,18 @@
 package standalone
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"reflect"
 	"slices"
 	"strings"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
-	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/clienttoken"
 	"github.com/connected-registry/connected-registry/syncer"
 	"github.com/connected-registry/connected-registry/trust"
 )
@@ -32,14 +32,15 @@ func renderTokens(ctx context.Context, r *v1alpha1.ConnectedRegistry, secrets sy
 		return fmt.Errorf("client tokens: %w", err)
 	}
 	defer root.Close()
+	renderer := clienttoken.NewRenderer()
 	var keep []string
 	for i, t := range r.Spec.ClientTokens {
 		passwords, err := syncer.Passwords(ctx, t.SecretRef.Name, secrets)
 		if err != nil {
 			return fmt.Errorf("spec.clientTokens[%d]: %w", i, err)
 		}
-		name := t.Name + ".json"
-		if err := renderToken(root, name, passwords, t.ScopeMap); err != nil {
+		name := t.Name + clienttoken.Extension
+		if err := renderToken(root, name, renderer, passwords, t.ScopeMap); err != nil {
 			return fmt.Errorf("client token %s: %w", t.Name, err)
 		}
 		keep = append(keep, name)
@@ -47,37 +48,17 @@ func renderTokens(ctx context.Context, r *v1alpha1.ConnectedRegistry, secrets sy
 	return removeOthers(root, keep)
 }
 
-func renderToken(root *os.Root, name string, passwords []string, scopes []v1alpha1.Scope) error {
-	var was auth.TokenFile
-	if data, err := root.ReadFile(name); err == nil {
-		_ = json.Unmarshal(data, &was) // what cannot be read is written anew
+func renderToken(root *os.Root, name string, renderer *clienttoken.Renderer, passwords []string, scopes []v1alpha1.Scope) error {
+	was, err := root.ReadFile(name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	now := auth.TokenFile{ScopeMap: scopes}
-	for _, password := range passwords {
-		hash, err := hashOf(password, was.Passwords)
-		if err != nil {
-			return err
-		}
-		now.Passwords = append(now.Passwords, hash)
-	}
-	if reflect.DeepEqual(now, was) {
-		return nil
-	}
-	data, err := json.Marshal(now)
-	if err != nil {
+	data, err := renderer.Render(passwords, scopes, was)
+	if err != nil || bytes.Equal(data, was) {
 		return err
 	}
 	_, err = trust.WriteFile(root, name, data, 0o600)
 	return err
-}
-
-func hashOf(password string, known []string) (string, error) {
-	for _, hash := range known {
-		if auth.PasswordMatches(hash, password) {
-			return hash, nil
-		}
-	}
-	return auth.HashPassword(password)
 }
 
 func removeOthers(root *os.Root, keep []string) error {
@@ -86,7 +67,7 @@ func removeOthers(root *os.Root, keep []string) error {
 		return err
 	}
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), ".json") && !slices.Contains(keep, e.Name()) {
+		if strings.HasSuffix(e.Name(), clienttoken.Extension) && !slices.Contains(keep, e.Name()) {
 			if _, err := trust.RemoveFile(root, e.Name()); err != nil {
 				return err
 			}

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/clienttoken"
 )
 
 // service is the name under which tokens are asked for and issued.
@@ -29,7 +30,7 @@ const pollInterval = 5 * time.Second
 
 // Config says whom the registry knows.
 type Config struct {
-	// Dir holds one file for each client token, see TokenFile. It is read
+	// Dir holds one file for each client token, see clienttoken.File. It is read
 	// again when it changes; what cannot be read leaves the token as it was.
 	// Empty: there are no client tokens.
 	Dir string
@@ -301,7 +302,7 @@ func (a *Authority) identify(r *http.Request) (Identity, error) {
 		return id, nil
 	}
 	t := a.tokens.Load().tokens[c.Subject]
-	if t == nil || !slices.ContainsFunc(t.passwords, func(h hash) bool { return passwordID(h) == c.Key }) {
+	if t == nil || !slices.ContainsFunc(t.passwords, func(h clienttoken.Hash) bool { return passwordID(h) == c.Key }) {
 		return Identity{anonymous: id.anonymous}, errBearer
 	}
 	id.token = t
@@ -323,7 +324,7 @@ func (e *tooManyError) seconds() int { return int((e.wait + time.Second - 1) / t
 // login checks a name and password, and returns the token and which of its
 // passwords it was. Many who come with the same ones at the same time wait for
 // one answer.
-func (a *Authority) login(name, password, remote string) (*token, hash, error) {
+func (a *Authority) login(name, password, remote string) (*token, clienttoken.Hash, error) {
 	t := a.tokens.Load().tokens[name]
 	if t != nil {
 		for _, h := range t.passwords {
@@ -337,17 +338,17 @@ func (a *Authority) login(name, password, remote string) (*token, hash, error) {
 		return a.slowLogin(t, name, password, remote)
 	})
 	if err != nil {
-		return nil, hash{}, err
+		return nil, clienttoken.Hash{}, err
 	}
-	return t, h.(hash), nil
+	return t, h.(clienttoken.Hash), nil
 }
 
-func (a *Authority) slowLogin(t *token, name, password, remote string) (hash, error) {
+func (a *Authority) slowLogin(t *token, name, password, remote string) (clienttoken.Hash, error) {
 	if wait := a.limiter.take(name, remote, time.Now()); wait > 0 {
-		return hash{}, &tooManyError{wait}
+		return clienttoken.Hash{}, &tooManyError{wait}
 	}
 	unknown := a.tokens.Load().unknown
-	passwords := []hash{unknown, unknown}
+	passwords := []clienttoken.Hash{unknown, unknown}
 	if t != nil {
 		copy(passwords, t.passwords)
 	}
@@ -361,7 +362,7 @@ func (a *Authority) slowLogin(t *token, name, password, remote string) (hash, er
 		name = "(unknown)" // it may be a password in the wrong field
 	}
 	a.log.Warn("login failed", "token", name, "client", remote)
-	return hash{}, errLogin
+	return clienttoken.Hash{}, errLogin
 }
 
 // challenge refuses a request and says where to get a bearer token that would

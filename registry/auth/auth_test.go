@@ -24,20 +24,22 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/clienttoken"
 )
 
 // cheapHash is a hash of few iterations, for tests that are not about hashing.
 func cheapHash(t testing.TB, password string) string {
 	t.Helper()
 	salt := []byte("test salt for " + password)
-	key, err := pbkdf2.Key(sha256.New, password, salt, 10, keySize)
+	key, err := pbkdf2.Key(sha256.New, password, salt, 10, sha256.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return formatHash(10, salt, key)
+	enc := base64.RawStdEncoding
+	return "$pbkdf2-sha256$i=10$" + enc.EncodeToString(salt) + "$" + enc.EncodeToString(key)
 }
 
-func writeToken(t testing.TB, dir, name string, file TokenFile) {
+func writeToken(t testing.TB, dir, name string, file clienttoken.File) {
 	t.Helper()
 	content, err := json.Marshal(file)
 	if err != nil {
@@ -70,15 +72,15 @@ func authority(t testing.TB, cfg Config) *Authority {
 	t.Helper()
 	if cfg.Dir == "" {
 		cfg.Dir = t.TempDir()
-		writeToken(t, cfg.Dir, "reader", TokenFile{
+		writeToken(t, cfg.Dir, "reader", clienttoken.File{
 			Passwords: []string{cheapHash(t, "old"), cheapHash(t, "new")},
 			ScopeMap:  scopes("team/**", "content/read,metadata/read"),
 		})
-		writeToken(t, cfg.Dir, "writer", TokenFile{
+		writeToken(t, cfg.Dir, "writer", clienttoken.File{
 			Passwords: []string{cheapHash(t, "w")},
 			ScopeMap:  scopes("team/app", "content/read,content/write,metadata/read", "team/lib", "content/read"),
 		})
-		writeToken(t, cfg.Dir, "nobody", TokenFile{})
+		writeToken(t, cfg.Dir, "nobody", clienttoken.File{})
 	}
 	if cfg.Secret == nil {
 		cfg.Secret = []byte("a secret that all replicas share")
@@ -392,7 +394,7 @@ func TestBearerEnds(t *testing.T) {
 		}
 	}
 	// With the password it was issued for.
-	writeToken(t, dir, "reader", TokenFile{Passwords: []string{cheapHash(t, "new")}, ScopeMap: scopes("team/**", "content/read")})
+	writeToken(t, dir, "reader", clienttoken.File{Passwords: []string{cheapHash(t, "new")}, ScopeMap: scopes("team/**", "content/read")})
 	a.reload()
 	if err := try(byOld); err == nil {
 		t.Error("of a password that is gone: accepted")
@@ -404,7 +406,7 @@ func TestBearerEnds(t *testing.T) {
 		t.Error("the password that is gone: accepted")
 	}
 	// With the scope map.
-	writeToken(t, dir, "reader", TokenFile{Passwords: []string{cheapHash(t, "new")}, ScopeMap: scopes("elsewhere", "content/read")})
+	writeToken(t, dir, "reader", clienttoken.File{Passwords: []string{cheapHash(t, "new")}, ScopeMap: scopes("elsewhere", "content/read")})
 	a.reload()
 	var denied *DeniedError
 	if err := try(byNew); !errors.As(err, &denied) {
@@ -499,8 +501,8 @@ func TestReload(t *testing.T) {
 		pass := func() { time.Sleep(pollInterval); synctest.Wait() }
 
 		want("empty")
-		writeToken(t, dir, "one", TokenFile{Passwords: []string{cheapHash(t, "1")}})
-		writeToken(t, dir, "two", TokenFile{Passwords: []string{cheapHash(t, "2")}})
+		writeToken(t, dir, "one", clienttoken.File{Passwords: []string{cheapHash(t, "1")}})
+		writeToken(t, dir, "two", clienttoken.File{Passwords: []string{cheapHash(t, "2")}})
 		write(t, dir, "README", []byte("not a token"))
 		write(t, dir, ".hidden.json", []byte("not a token"))
 		pass()
@@ -539,7 +541,7 @@ func TestReload(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(dir, "..v"+name), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			writeToken(t, filepath.Join(dir, "..v"+name), "linked", TokenFile{Passwords: []string{cheapHash(t, name)}})
+			writeToken(t, filepath.Join(dir, "..v"+name), "linked", clienttoken.File{Passwords: []string{cheapHash(t, name)}})
 			link := filepath.Join(dir, "..data")
 			if err := os.Symlink("..v"+name, link+".new"); err != nil {
 				t.Fatal(err)
@@ -587,23 +589,6 @@ func TestNewRefusesShortSecret(t *testing.T) {
 	}
 }
 
-func TestPasswordHash(t *testing.T) {
-	text, err := HashPassword("correct horse")
-	if err != nil {
-		t.Fatal(err)
-	}
-	other, err := HashPassword("correct horse")
-	if err != nil || other == text {
-		t.Errorf("not salted anew: %v", err)
-	}
-	if !PasswordMatches(text, "correct horse") || PasswordMatches(text, "battery staple") || PasswordMatches("nonsense", "") {
-		t.Error("wrong answer")
-	}
-	if !strings.HasPrefix(text, "$pbkdf2-sha256$i=600000$") {
-		t.Errorf("format %s", text)
-	}
-}
-
 func TestManyLoginsAtOnceHashOnce(t *testing.T) {
 	a := authority(t, Config{})
 	var wg sync.WaitGroup
@@ -623,7 +608,7 @@ func TestManyLoginsAtOnceHashOnce(t *testing.T) {
 func TestRememberedPasswordsAreBounded(t *testing.T) {
 	c := newChecker(1)
 	for i := range maxRemembered + 10 {
-		h, err := parseHash(cheapHash(t, fmt.Sprint(i)))
+		h, err := clienttoken.ParseHash(cheapHash(t, fmt.Sprint(i)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -772,14 +757,4 @@ func FuzzParseResource(f *testing.F) {
 			}
 		}
 	})
-}
-
-func BenchmarkSlowHash(b *testing.B) {
-	text, err := HashPassword("x")
-	if err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		PasswordMatches(text, "x")
-	}
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/clienttoken"
 )
 
 // Bearer tokens are JSON Web Tokens (RFC 7519) signed with HMAC-SHA256, of which
@@ -111,8 +112,8 @@ func (s signer) mac(text string) []byte {
 
 // passwordID names a stored password without giving any of it away, so that a
 // bearer token ends with the password that it was issued for.
-func passwordID(h hash) string {
-	sum := sha256.Sum256([]byte("connected-registry password id\x00" + h.text))
+func passwordID(h clienttoken.Hash) string {
+	sum := sha256.Sum256([]byte("connected-registry password id\x00" + h.Text()))
 	return base64.RawURLEncoding.EncodeToString(sum[:12])
 }
 

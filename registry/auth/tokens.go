@@ -14,17 +14,8 @@ import (
 	"strings"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/clienttoken"
 )
-
-// TokenFile is the content of a token's file, in JSON. The file's name is the
-// token's name with ".json" after it.
-type TokenFile struct {
-	// Passwords are one or two, from HashPassword. Either opens; so one can be
-	// replaced while clients use the other. None: nobody can log in.
-	Passwords []string `json:"passwords"`
-	// ScopeMap is what the token allows. Empty: it can log in and do nothing.
-	ScopeMap []v1alpha1.Scope `json:"scopeMap"`
-}
 
 // maxTokenFile bounds a token's file. A Secret holds 1 MiB in all.
 const maxTokenFile = 1 << 20
@@ -32,7 +23,7 @@ const maxTokenFile = 1 << 20
 // token is a client token ready for use.
 type token struct {
 	name      string
-	passwords []hash
+	passwords []clienttoken.Hash
 	scopes    scopeMap
 }
 
@@ -56,7 +47,7 @@ func (m scopeMap) allows(repository string, action v1alpha1.Action) bool {
 
 // parseToken reads a token's file. Its errors quote no part of a password.
 func parseToken(name string, content []byte) (*token, error) {
-	var file TokenFile
+	var file clienttoken.File
 	dec := json.NewDecoder(bytes.NewReader(content))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&file); err != nil {
@@ -70,7 +61,7 @@ func parseToken(name string, content []byte) (*token, error) {
 	}
 	t := &token{name: name}
 	for i, text := range file.Passwords {
-		h, err := parseHash(text)
+		h, err := clienttoken.ParseHash(text)
 		if err != nil {
 			return nil, fmt.Errorf("token %s: passwords[%d] %w", name, i, err)
 		}
@@ -116,22 +107,19 @@ type tokenSet struct {
 	sums   map[string][sha256.Size]byte // of the files as they were read
 	// unknown stands in for a password that does not exist, so that finding
 	// out takes as long as for a wrong one.
-	unknown hash
+	unknown clienttoken.Hash
 }
 
 // unknownPassword matches nothing, and takes as long for it as the slowest
 // password of any token.
-func unknownPassword(tokens map[string]*token) hash {
-	h := hash{text: "unknown", salt: make([]byte, saltSize), key: make([]byte, keySize)}
+func unknownPassword(tokens map[string]*token) clienttoken.Hash {
+	iterations := 0
 	for _, t := range tokens {
 		for _, p := range t.passwords {
-			h.iterations = max(h.iterations, p.iterations)
+			iterations = max(iterations, p.Iterations())
 		}
 	}
-	if h.iterations == 0 {
-		h.iterations = hashIterations
-	}
-	return h
+	return clienttoken.NoPassword(iterations)
 }
 
 // readTokens reads the directory. A file that cannot be used leaves the token
@@ -145,7 +133,7 @@ func readTokens(dir string, before tokenSet) (now tokenSet, changed bool, err er
 	now = tokenSet{tokens: make(map[string]*token), sums: make(map[string][sha256.Size]byte)}
 	var errs []error
 	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ".json")
+		name, ok := strings.CutSuffix(e.Name(), clienttoken.Extension)
 		if !ok || strings.HasPrefix(name, ".") {
 			continue // a mounted Secret keeps its own things beside
 		}
