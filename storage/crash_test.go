@@ -17,9 +17,12 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// crashRootEnv makes the test binary a process that pushes to a store until it
-// is killed.
-const crashRootEnv = "STORAGE_TEST_CRASH_ROOT"
+// crashRootEnv makes the test binary a process that uses a store until it is
+// killed; crashJobEnv says how.
+const (
+	crashRootEnv = "STORAGE_TEST_CRASH_ROOT"
+	crashJobEnv  = "STORAGE_TEST_CRASH_JOB"
+)
 
 // pushUntilKilled pushes blobs and manifests and prints the digest of each once
 // it has been acknowledged.

@@ -18,5 +18,15 @@
 // the medium underneath leaves times as they are; scrubbing, which hashes
 // whatever the seals say, is what finds that.
 //
+// # Journal
+//
+// What clients change while they may write is recorded in the [Journal], on the
+// storage, before it is acknowledged: [Journal.Record] wraps the change. The one
+// syncer reads [Journal.Entries], oldest first, compares each with what the
+// store holds now, tells the parent, and removes what it has dealt with, or what
+// has become too old, by [Journal.Done]. Entries of replicas whose clocks differ
+// may be out of order, which is why an entry only says where to look. The
+// syncer's own writes are not recorded.
+//
 // This package imports nothing else of this module.
 package storage

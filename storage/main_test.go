@@ -7,9 +7,15 @@ import (
 	"go.uber.org/goleak"
 )
 
+// crashJobs are what the test binary does until it is killed.
+var crashJobs = map[string]func(root string){
+	"":       pushUntilKilled,
+	"record": recordUntilKilled,
+}
+
 func TestMain(m *testing.M) {
 	if root := os.Getenv(crashRootEnv); root != "" {
-		pushUntilKilled(root)
+		crashJobs[os.Getenv(crashJobEnv)](root)
 		return
 	}
 	goleak.VerifyTestMain(m)

@@ -40,6 +40,7 @@ var layoutDirs = []string{
 	"docker/registry/v2/repositories",
 	quarantineDir,
 	partialDir,
+	journalDir,
 	trashDir,
 }
 
@@ -67,6 +68,7 @@ type Store struct {
 	log       *slog.Logger
 	driver    *driver
 	namespace distribution.Namespace
+	journal   *Journal
 
 	// quit ends the hashing that goes on behind requests; running counts it.
 	quit    chan struct{}
@@ -109,6 +111,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	s.journal = newJournal(s)
 	s.driver = &driver{
 		StorageDriver: filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
 		store:         s,
