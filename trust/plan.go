@@ -55,7 +55,7 @@ type plan struct {
 
 // keeps reports whether a recorded file is still wanted.
 func (p plan) keeps(f *recordedFile) bool {
-	if slices.Contains(p.held, f.Owner) {
+	if f.Owner == RuntimeOwner || slices.Contains(p.held, f.Owner) {
 		return true
 	}
 	return slices.ContainsFunc(p.dirs, func(d plannedDir) bool {

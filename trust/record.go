@@ -104,6 +104,9 @@ func (r *record) forgetDirectory(dir string) {
 // since: something that we wrote, what bears our marker, or nothing at all,
 // which is to containerd as if there was no file.
 func (f *recordedFile) isOurs(data []byte) bool {
+	if f.Owner == RuntimeOwner {
+		return f.wrote(data)
+	}
 	return len(data) == 0 || slices.Contains(f.SHA256, hash(data)) || bearsMarker(data)
 }
 

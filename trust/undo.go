@@ -69,7 +69,7 @@ func (s *session) undoExcept(ctx context.Context, keep func(*recordedFile) bool)
 // reports whether any of them may have been named just before.
 func (s *session) loosen(dir string, byDir map[string][]*recordedFile) (loosened bool, err error) {
 	files := byDir[dir]
-	if files[0].Owner == SystemTrustOwner {
+	if files[0].Owner == SystemTrustOwner || files[0].Owner == RuntimeOwner {
 		return false, nil
 	}
 	if !s.isWhollyOurs(dir, files) {
@@ -133,7 +133,7 @@ func (s *session) isWhollyOurs(dir string, files []*recordedFile) bool {
 		if i < 0 || files[i].Before != nil {
 			return false
 		}
-		if name == hostsFile {
+		if name == hostsFile || files[i].Owner == RuntimeOwner {
 			now, err := s.former(files[i].Path)
 			if err != nil || !files[i].isOurs(now.Data) {
 				return false
@@ -188,6 +188,12 @@ func (s *session) undo(f *recordedFile) error {
 		return err
 	}
 	switch {
+	case f.Owner == RuntimeOwner && (now == nil || !f.isOurs(now.Data)):
+		// What the runtime is told by somebody else is theirs.
+		if f.Before == nil != (now == nil) || now != nil && !bytes.Equal(now.Data, f.Before.Data) {
+			s.note("/%s was changed by somebody: it is left as it is", f.Path)
+		}
+		return nil
 	case isHosts && now != nil && !f.isOurs(now.Data):
 		if f.Before == nil || !bytes.Equal(now.Data, f.Before.Data) {
 			s.note("/%s was replaced by somebody: it is left as it is", f.Path)
