@@ -24,8 +24,8 @@ const (
 // +kubebuilder:resource:path=connectedregistries,singular=connectedregistry,scope=Namespaced
 // +kubebuilder:printcolumn:name=Mode,type=string,JSONPath=`.spec.mode`
 // +kubebuilder:printcolumn:name="Connection state",type=string,JSONPath=`.status.connectionState`
-// +kubebuilder:printcolumn:name=Parent,type=string,JSONPath=`.spec.parent.endpoint`
-// +kubebuilder:printcolumn:name="Login server",type=string,JSONPath=`.spec.loginServer`
+// +kubebuilder:printcolumn:name=Parent,type=string,JSONPath=`.status.parent.endpoint`
+// +kubebuilder:printcolumn:name="Login server",type=string,JSONPath=`.status.loginServer.host`
 // +kubebuilder:printcolumn:name="Last sync (UTC)",type=date,JSONPath=`.status.lastSyncTime`
 type ConnectedRegistry struct {
 	metav1.TypeMeta   `json:",inline"`
@@ -412,98 +412,4 @@ type NodeCache struct {
 	// PrefetchBandwidth is the most that prefetching takes on each node, in
 	// bytes per second. Empty: no limit.
 	PrefetchBandwidth *resource.Quantity `json:"prefetchBandwidth,omitempty"`
-}
-
-// Status is what is there.
-type Status struct {
-	// ConnectionState is the state of the connection to the parent.
-	ConnectionState ConnectionState `json:"connectionState,omitempty"`
-	// LastSyncTime is the end of the last synchronisation that succeeded.
-	LastSyncTime *metav1.Time `json:"lastSyncTime,omitempty"`
-	// NextSyncTime is the start of the next synchronisation on schedule.
-	NextSyncTime *metav1.Time `json:"nextSyncTime,omitempty"`
-	// RegistrySyncResult is the last synchronisation, or the one under way.
-	RegistrySyncResult *RegistrySyncResult `json:"registrySyncResult,omitempty"`
-	// Repositories says of each selected repository how complete it is, by
-	// name.
-	Repositories []RepositoryStatus `json:"repositories,omitempty"`
-	// Trust says which CA certificates nodes trust, and how far a rotation got.
-	Trust *TrustStatus `json:"trust,omitempty"`
-}
-
-// ConnectionState is the state of the connection to the parent.
-type ConnectionState string
-
-// The states. Empty: no synchronisation has ended yet.
-const (
-	// ConnectionStateOnline: the last synchronisation reached the parent and
-	// brought everything.
-	ConnectionStateOnline ConnectionState = "Online"
-	// ConnectionStateOffline: the parent could not be reached.
-	ConnectionStateOffline ConnectionState = "Offline"
-	// ConnectionStateSyncing: a synchronisation is under way.
-	ConnectionStateSyncing ConnectionState = "Syncing"
-	// ConnectionStateUnhealthy: the parent answered, but not everything could
-	// be brought.
-	ConnectionStateUnhealthy ConnectionState = "Unhealthy"
-)
-
-// RegistrySyncResult is one synchronisation.
-type RegistrySyncResult struct {
-	// SyncTrigger is what started it.
-	SyncTrigger SyncTrigger `json:"syncTrigger,omitempty"`
-	// SyncState is how far it got.
-	SyncState SyncState `json:"syncState,omitempty"`
-	// LastSyncStartTime is its start.
-	LastSyncStartTime *metav1.Time `json:"lastSyncStartTime,omitempty"`
-	// LastSyncEndTime is its end, absent while it is under way.
-	LastSyncEndTime *metav1.Time `json:"lastSyncEndTime,omitempty"`
-	// LastSuccessfulSyncEndTime is the end of the last one that succeeded.
-	LastSuccessfulSyncEndTime *metav1.Time `json:"lastSuccessfulSyncEndTime,omitempty"`
-	// Error is why it did not succeed, in one line.
-	Error string `json:"error,omitempty"`
-}
-
-// SyncTrigger is what started a synchronisation.
-type SyncTrigger string
-
-// The triggers.
-const (
-	SyncTriggerInitial  SyncTrigger = "InitialSync"
-	SyncTriggerManual   SyncTrigger = "ManualResync"
-	SyncTriggerSchedule SyncTrigger = "Schedule"
-	SyncTriggerEvent    SyncTrigger = "Event"
-)
-
-// SyncState is how far a synchronisation got.
-type SyncState string
-
-// The states.
-const (
-	SyncStateSyncing   SyncState = "Syncing"
-	SyncStateSucceeded SyncState = "Succeeded"
-	SyncStateFailed    SyncState = "Failed"
-	// SyncStateTimedOut: the window ended before everything was here.
-	SyncStateTimedOut SyncState = "TimedOut"
-)
-
-// RepositoryStatus says how complete a repository is. It is complete when
-// TagsPresent equals TagsWanted and LastError is empty.
-type RepositoryStatus struct {
-	// Name is the repository's name.
-	Name string `json:"name"`
-	// TagsWanted is how many tags the spec selects at the parent.
-	TagsWanted int `json:"tagsWanted"`
-	// TagsPresent is how many of those are here, whole, and stand for what they
-	// stand for at the parent.
-	TagsPresent int `json:"tagsPresent"`
-	// BytesLeft is how many bytes are known to be missing here; those of
-	// manifests that were not read yet are not known.
-	BytesLeft int64 `json:"bytesLeft"`
-	// LastError is why it is not complete, in one line.
-	LastError string `json:"lastError,omitempty"`
-	// RemovalsHeld is why tags that are gone at the parent, or no longer
-	// selected, are still here, in one line; see Sync.MaxRemovals. Empty: none
-	// is held.
-	RemovalsHeld string `json:"removalsHeld,omitempty"`
 }
