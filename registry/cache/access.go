@@ -35,7 +35,8 @@ func (rq *request) about(d digest.Digest) *request {
 
 func (rq *request) question(method string) question {
 	q := question{
-		method: method, path: rq.path(), filter: rq.filter,
+		method: method, path: rq.path(), filter: rq.filter, who: rq.reader,
+		small:  method == http.MethodHead || rq.kind == kindManifest,
 		accept: strings.Join(rq.header["Accept"], ", "), auth: rq.auth,
 		via: strings.Join(append(slices.Clip(rq.header["Via"]), "1.1 "+rq.pseudonym), ", "),
 	}
@@ -140,7 +141,7 @@ func (c *Cache) check(ctx context.Context, rq *request) error {
 	key := string(rq.reader[:]) + string(rq.member[:])
 	_, err, _ := c.once.Do("check"+key, func() (any, error) {
 		ctx := context.WithoutCancel(ctx) // the others still want to know; the budget ends it
-		ans, err := c.asker.ask(ctx, rq.registry, rq.question(http.MethodHead), 0, c.cfg.Timeouts.Headers)
+		ans, err := c.asker.ask(ctx, rq.registry.host, rq.question(http.MethodHead), rq.registry.order(), c.cfg.Timeouts.Headers)
 		if err != nil {
 			rq.learn(err)
 			return nil, err
@@ -195,9 +196,9 @@ type served struct {
 func (f *faults) avoid(up *upstream, d digest.Digest) *unavailable {
 	switch {
 	case f.wrong.has(served{up, d}):
-		return &unavailable{"bad-content", fmt.Errorf("%s served wrong bytes for this digest", up.base.Host)}
+		return &unavailable{"bad-content", fmt.Errorf("%s served wrong bytes for this digest", up.name)}
 	case f.stuck.has(served{up, d}):
-		return &unavailable{"stalled", fmt.Errorf("%s stalled on this digest a moment ago", up.base.Host)}
+		return &unavailable{"stalled", fmt.Errorf("%s stalled on this digest a moment ago", up.name)}
 	default:
 		return nil
 	}

@@ -70,7 +70,7 @@ func New(cfg Config) (*Cache, error) {
 	if c.metrics, err = newMetrics(cfg.Metrics, c.usage); err != nil {
 		return nil, err
 	}
-	c.asker = asker{timeouts: cfg.Timeouts, metrics: c.metrics, log: c.log}
+	c.asker = asker{timeouts: cfg.Timeouts, metrics: c.metrics, log: c.log, work: &c.work}
 	return c, c.SetRegistries(cfg.Registries)
 }
 

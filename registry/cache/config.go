@@ -83,6 +83,13 @@ type Upstream struct {
 	// URL is "https://host[:port]", or "http://…" where the network is trusted.
 	URL string
 
+	// Endpoints are addresses, host:port, of servers that each have all of the
+	// upstream's content, such as the replicas behind a Service. They are asked
+	// in place of the address in URL, the healthier and quicker ones first, and
+	// that address when they fail; name and certificate stay those of URL.
+	// None: the address in URL alone.
+	Endpoints []string
+
 	// CAFile names a PEM bundle of the authorities that may sign the
 	// upstream's certificate. It is read again whenever it changes; while it
 	// cannot be read or is not a bundle, the last good one stays. "": the
@@ -128,6 +135,12 @@ type Timeouts struct {
 	// Retry is for how long an upstream that did not answer in time is not
 	// asked again. 0: 5 seconds.
 	Retry time.Duration
+
+	// Hedge is the least time after which a request for a manifest, or a HEAD, is
+	// made a second time, to another endpoint where there is one, and the
+	// first answer taken. What an upstream usually takes is waited for in any
+	// case. 0: 100 milliseconds.
+	Hedge time.Duration
 }
 
 // withDefaults returns cfg with every zero field replaced by its default.
@@ -147,6 +160,7 @@ func (cfg Config) withDefaults() Config {
 	def(&t.Stall, 1500*time.Millisecond)
 	def(&t.Unread, 5*time.Minute)
 	def(&t.Retry, 5*time.Second)
+	def(&t.Hedge, 100*time.Millisecond)
 	if t.MinRate == 0 {
 		t.MinRate = 4096
 	}
@@ -177,6 +191,7 @@ func (cfg Config) validate() error {
 		"Timeouts.MinRate": cfg.Timeouts.MinRate,
 		"Timeouts.Unread":  int64(cfg.Timeouts.Unread),
 		"Timeouts.Retry":   int64(cfg.Timeouts.Retry),
+		"Timeouts.Hedge":   int64(cfg.Timeouts.Hedge),
 	} {
 		if n < 0 {
 			return fmt.Errorf("cache: %s is negative: use 0 for its default", name)
@@ -199,6 +214,11 @@ func validateRegistries(registries map[string]Registry) error {
 		for _, up := range reg.Upstreams {
 			if _, err := up.parse(); err != nil {
 				return fmt.Errorf("cache: registry %s: %w", host, err)
+			}
+			for _, address := range up.Endpoints {
+				if _, _, err := net.SplitHostPort(address); err != nil {
+					return fmt.Errorf("cache: registry %s: endpoint %q is not host:port", host, address)
+				}
 			}
 		}
 	}

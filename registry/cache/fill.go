@@ -287,7 +287,7 @@ func (c *Cache) download(ctx context.Context, f *fill, rq *request) {
 func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *partial, error) {
 	store := rq.disk.store
 	from := store.claim(f.digest)
-	src := &source{cache: c, rq: rq, size: -1, offset: from}
+	src := &source{cache: c, rq: rq, order: rq.registry.order(), size: -1, offset: from}
 	err := src.connect(ctx)
 	if from > 0 && errors.Is(err, errRange) {
 		from = 0 // what is here is not the beginning of what is there

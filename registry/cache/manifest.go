@@ -154,9 +154,10 @@ func (c *Cache) fetchManifest(ctx context.Context, rq *request, budget time.Dura
 func (c *Cache) fetchManifestOnce(ctx context.Context, rq *request, budget time.Duration) (*manifest, error) {
 	deadline := time.Now().Add(budget)
 	var err error
-	for i := range rq.registry.upstreams {
+	order := rq.registry.order()
+	for i := range order {
 		var ans *answer
-		ans, err = c.asker.ask(ctx, rq.registry, rq.question(http.MethodGet), i, time.Until(deadline))
+		ans, err = c.asker.ask(ctx, rq.registry.host, rq.question(http.MethodGet), order[i:], time.Until(deadline))
 		if err != nil {
 			break
 		}
@@ -174,7 +175,7 @@ func (c *Cache) fetchManifestOnce(ctx context.Context, rq *request, budget time.
 // unavailable: another upstream may do better.
 func (c *Cache) readManifest(rq *request, ans *answer) (*manifest, error) {
 	defer ans.close()
-	host := ans.upstream.base.Host
+	host := ans.upstream.name
 	body, err := io.ReadAll(io.LimitReader(c.asker.watch(ans), maxManifest+1))
 	if err != nil {
 		return nil, &unavailable{"broken", fmt.Errorf("%s: reading a manifest: %w", host, err)}
@@ -288,7 +289,7 @@ func (c *Cache) manifestNow(ctx context.Context, rq *request, budget time.Durati
 // HEAD does not tell, the manifest itself does.
 func (c *Cache) resolve(ctx context.Context, rq *request, budget time.Duration) (digest.Digest, error) {
 	deadline := time.Now().Add(budget)
-	ans, err := c.asker.ask(ctx, rq.registry, rq.question(http.MethodHead), 0, budget)
+	ans, err := c.asker.ask(ctx, rq.registry.host, rq.question(http.MethodHead), rq.registry.order(), budget)
 	if err != nil {
 		rq.learn(err)
 		return "", err

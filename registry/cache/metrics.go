@@ -19,6 +19,7 @@ type metrics struct {
 	evictedBytes prometheus.Counter
 	corrupt      *prometheus.CounterVec // source
 	staleTags    prometheus.Counter
+	hedges       prometheus.Counter
 	storedBytes  prometheus.GaugeFunc
 	storedBlobs  prometheus.GaugeFunc
 
@@ -67,6 +68,7 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 		evicted:      counter("evictions_total", "Files evicted."),
 		evictedBytes: counter("evicted_bytes_total", "Bytes of the files evicted."),
 		corrupt:      vec("corrupt_total", "Content that did not match its digest, by where it came from.", "source"),
+		hedges:       counter("hedged_requests_total", "Requests made a second time because the first took unusually long."),
 		staleTags:    counter("stale_tags_served_total", "Tags answered from memory because no upstream could be reached."),
 		storedBytes: gauge("stored_bytes", "Bytes in the store.", func() float64 {
 			bytes, _ := usage()
@@ -91,7 +93,7 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 	}
 	for _, c := range []prometheus.Collector{
 		m.requests, m.refusals, m.served, m.fetched, m.failures, m.inFlight, m.fillSeconds,
-		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.storedBytes, m.storedBlobs,
+		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.hedges, m.storedBytes, m.storedBlobs,
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("cache: registering metrics: %w", err)

@@ -214,7 +214,7 @@ var errAgain = errors.New("look again")
 func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) error {
 	ctx := r.Context()
 	var err error
-	for range 2 + len(rq.registry.upstreams) {
+	for range 2 + len(rq.registry.order()) {
 		var b *blob
 		b, err = rq.disk.store.open(ctx, rq.digest, c.cfg.Timeouts.Headers)
 		switch {
@@ -275,14 +275,14 @@ func (c *Cache) serveStored(w http.ResponseWriter, r *http.Request, rq *request,
 
 // headBlob answers for a blob that is not stored.
 func (c *Cache) headBlob(w http.ResponseWriter, r *http.Request, rq *request) error {
-	ans, err := c.asker.ask(r.Context(), rq.registry, rq.question(http.MethodHead), 0, c.cfg.Timeouts.Headers)
+	ans, err := c.asker.ask(r.Context(), rq.registry.host, rq.question(http.MethodHead), rq.registry.order(), c.cfg.Timeouts.Headers)
 	if err != nil {
 		rq.learn(err)
 		return rq.offline(err)
 	}
 	defer ans.close()
 	if ans.ContentLength < 0 {
-		return &unavailable{"length", fmt.Errorf("%s gives no length for the content", ans.upstream.base.Host)}
+		return &unavailable{"length", fmt.Errorf("%s gives no length for the content", ans.upstream.name)}
 	}
 	rq.confirm()
 	c.blobHeader(w, rq, false, span{0, ans.ContentLength}, ans.ContentLength, missHead)
@@ -415,7 +415,7 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 	if rng.set {
 		q.ranges = r.Header.Get("Range")
 	}
-	ans, err := c.asker.ask(r.Context(), rq.registry, q, 0, c.cfg.Timeouts.Headers)
+	ans, err := c.asker.ask(r.Context(), rq.registry.host, q, rq.registry.order(), c.cfg.Timeouts.Headers)
 	if err != nil {
 		rq.learn(err)
 		return rq.offline(err)
@@ -442,14 +442,14 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
 		c.faults.distrust(ans.upstream, rq.digest)
 		c.log.Warn("an upstream served wrong bytes", "registry", rq.registry.host,
-			"repository", rq.repo, "digest", rq.digest, "upstream", ans.upstream.base.Host)
+			"repository", rq.repo, "digest", rq.digest, "upstream", ans.upstream.name)
 	}
 	return nil
 }
 
 // spanOf returns which bytes of how many an upstream's answer to rng has.
 func spanOf(ans *answer, rng byteRange) (span, int64, error) {
-	host := ans.upstream.base.Host
+	host := ans.upstream.name
 	if ans.ContentLength < 0 {
 		return span{}, 0, &unavailable{"length", fmt.Errorf("%s gives no length for the content", host)}
 	}
@@ -505,14 +505,14 @@ func (v *verifiedWriter) right() bool {
 func (c *Cache) serveReferrers(w http.ResponseWriter, r *http.Request, rq *request) error {
 	q := rq.question(r.Method)
 	q.avoid = nil
-	ans, err := c.asker.ask(r.Context(), rq.registry, q, 0, c.cfg.Timeouts.Headers)
+	ans, err := c.asker.ask(r.Context(), rq.registry.host, q, rq.registry.order(), c.cfg.Timeouts.Headers)
 	if err != nil {
 		return err
 	}
 	defer ans.close()
 	list, err := io.ReadAll(io.LimitReader(c.asker.watch(ans), maxManifest+1))
 	if err != nil || len(list) > maxManifest {
-		return &unavailable{"broken", fmt.Errorf("%s: the list of referrers broke off or is too large", ans.upstream.base.Host)}
+		return &unavailable{"broken", fmt.Errorf("%s: the list of referrers broke off or is too large", ans.upstream.name)}
 	}
 	h := w.Header()
 	for _, name := range []string{"Content-Type", "OCI-Filters-Applied", "Link"} {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"time"
 )
 
 // errRange reports that an upstream has no bytes where a download should go on.
@@ -16,6 +17,7 @@ var errRange = errors.New("no such range")
 type source struct {
 	cache    *Cache
 	rq       *request
+	order    []*upstream
 	size     int64
 	offset   int64 // of the next byte read
 	body     *body // nil: to be asked for
@@ -33,13 +35,14 @@ func (s *source) connect(ctx context.Context) error {
 	q := s.rq.question(http.MethodGet)
 	q.from = s.offset
 	var err error
-	for range s.rq.registry.upstreams {
+	for range s.order {
 		var ans *answer
-		ans, err = s.cache.asker.ask(ctx, s.rq.registry, q, s.next, s.cache.cfg.Timeouts.Headers)
+		next := slices.Concat(s.order[s.next:], s.order[:s.next])
+		ans, err = s.cache.asker.ask(ctx, s.rq.registry.host, q, next, s.cache.cfg.Timeouts.Headers)
 		if err != nil {
 			return err
 		}
-		s.next = 1 + slices.Index(s.rq.registry.upstreams, ans.upstream)
+		s.next = 1 + slices.Index(s.order, ans.upstream)
 		if err = s.take(ans); err == nil {
 			return nil
 		}
@@ -51,7 +54,7 @@ func (s *source) connect(ctx context.Context) error {
 // take makes ans the source of the next bytes, if it begins or can be made to
 // begin at the offset, and is as long as those before.
 func (s *source) take(ans *answer) error {
-	host := ans.upstream.base.Host
+	host := ans.upstream.name
 	start, size := int64(0), ans.ContentLength
 	if ans.StatusCode == http.StatusPartialContent {
 		got, total, ok := parseContentRange(ans.Header.Get("Content-Range"))
@@ -78,7 +81,7 @@ func (s *source) take(ans *answer) error {
 func (s *source) names() []string {
 	var names []string
 	for _, up := range s.used {
-		names = append(names, up.base.Host)
+		names = append(names, up.name)
 	}
 	return names
 }
@@ -126,11 +129,12 @@ func (s *source) broke(ctx context.Context, err error) error {
 		s.cache.faults.stuck.add(served{up, s.rq.digest}, s.cache.cfg.Timeouts.Retry)
 	}
 	s.cache.metrics.failures.WithLabelValues(s.rq.registry.host, cause).Inc()
+	up.health.failed(time.Now().Add(s.cache.cfg.Timeouts.Retry))
 	s.failures++
 	s.breaks++
-	n := len(s.rq.registry.upstreams)
+	n := len(s.order)
 	if s.breaks > maxBreaks || s.failures > n+1 || stalled && (s.stalled || n == 1) {
-		return &unavailable{cause, fmt.Errorf("%s: %w", up.base.Host, err)}
+		return &unavailable{cause, fmt.Errorf("%s: %w", up.name, err)}
 	}
 	s.stalled = stalled
 	return nil

@@ -8,6 +8,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
@@ -94,15 +95,23 @@ func (n *network) run(t *testing.T, names ...string) *node {
 	for _, name := range names {
 		urls = append(urls, "http://"+name)
 	}
-	cfg := Config{Dir: t.TempDir(), Logger: quiet(), Registries: upstreams(urls...), Listener: n.listen("cache:80")}
+	return n.runWith(t, Config{Registries: upstreams(urls...)})
+}
+
+func (n *network) runWith(t *testing.T, cfg Config) *node {
+	t.Helper()
+	cfg.Dir, cfg.Logger, cfg.Listener = t.TempDir(), quiet(), n.listen("cache:80")
 	c, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, up := range (*c.registries.Load())[testHost].upstreams {
+	for _, up := range slices.Concat((*c.registries.Load())[testHost].upstreams...) {
 		up.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeouts.Dial)
 			defer cancel()
+			if addr == hostPort(up.base) && up.name != up.base.Host {
+				addr = up.name // an endpoint
+			}
 			return n.dial(ctx, network, addr)
 		}
 	}
