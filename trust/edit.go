@@ -83,3 +83,10 @@ func ReadFile(root *os.Root, name string) ([]byte, error) {
 	}
 	return d.read(name)
 }
+
+// ResolvePath returns name, a path inside a node root, without symbolic links:
+// relative to the root, as a process sees it for which root is "/". What does
+// not exist stays as it is.
+func ResolvePath(root *os.Root, name string) (string, error) {
+	return (&disk{root: root}).resolve(name)
+}
