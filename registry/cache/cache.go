@@ -51,6 +51,7 @@ type disk struct {
 	store   *store
 	ledger  *ledger
 	notes   notes
+	content *contentStore
 }
 
 // New checks cfg, registers the metrics and prepares a Cache. It touches neither
@@ -265,6 +266,9 @@ func (c *Cache) openDiskIn(ctx context.Context, d *disk, dir string) error {
 	if d.ledger, err = openLedger(filepath.Join(dir, "permissions"), c.cfg.OfflineTTL, c.cfg.Now, c.log); err != nil {
 		return err
 	}
+	if d.content, err = openContentStore(c.cfg.ContentStore, c.cfg.Timeouts.Retry); err != nil {
+		return err
+	}
 	d.notes = notes{dir: filepath.Join(dir, "notes")}
 	if d.store, err = newStore(dir, c.cfg.MaxSize, c.cfg.MinFreeDisk, c.log, c.metrics); err != nil {
 		return err
@@ -279,5 +283,6 @@ func (d *disk) close() {
 	if d.ledger != nil {
 		d.ledger.close()
 	}
+	d.content.close()
 	d.lock.Close()
 }

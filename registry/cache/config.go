@@ -27,6 +27,11 @@ type Config struct {
 	// system. 0: none are, and the store may fill it.
 	MinFreeDisk int64
 
+	// ContentStore is the path of containerd's socket. Whole blobs and manifests
+	// that containerd has in its namespace k8s.io are served from there, to those
+	// who may read them, and not kept a second time. "": it is not asked.
+	ContentStore string
+
 	// Registries are the registries answered for, by the host (with port, if
 	// any) that image references name: the value of "?ns=". Any other is
 	// refused at once with 404. A request without ns is taken for the only

@@ -40,6 +40,7 @@
 //	                                               points, or that this client may read
 //	connected-registry; hit; detail=offline        the node's disk; the upstream is unreachable and
 //	                                               its earlier answer was used
+//	connected-registry; hit; detail=containerd     containerd's own content store
 //	connected-registry; hit; detail=stale-tag      the same, and the reference was a tag, which
 //	                                               may have moved since
 //	connected-registry; fwd=miss; stored           the upstream; the bytes are being kept

@@ -105,14 +105,20 @@ func (mc *manifestCache) put(m *manifest) {
 	}
 }
 
-// manifestHere returns the manifest of d from memory or the store. Errors:
+// manifestHere returns the manifest of d from memory, the store or containerd. Errors:
 // fs.ErrNotExist, or what the store reported.
-func (c *Cache) manifestHere(ctx context.Context, st *store, d digest.Digest) (*manifest, error) {
+func (c *Cache) manifestHere(ctx context.Context, on *disk, d digest.Digest) (*manifest, error) {
+	st := on.store
 	if m := c.manifests.get(d); m != nil {
 		st.touch(d)
 		return m, nil
 	}
 	b, err := st.open(ctx, d, c.cfg.Timeouts.Headers)
+	if errors.Is(err, fs.ErrNotExist) {
+		if m := c.manifestInContent(ctx, on.content, d); m != nil {
+			return m, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +221,7 @@ func (c *Cache) serveManifest(w http.ResponseWriter, r *http.Request, rq *reques
 	if rq.tag != "" {
 		return c.serveTag(w, r, rq)
 	}
-	m, err := c.manifestHere(r.Context(), rq.disk.store, rq.digest)
+	m, err := c.manifestHere(r.Context(), rq.disk, rq.digest)
 	if err == nil {
 		how, err := c.permit(r.Context(), rq)
 		if err != nil {
@@ -264,7 +270,7 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 		return err
 	}
 	if last != "" && c.allowedOffline(rq.about(last)) {
-		if m, e := c.manifestHere(r.Context(), rq.disk.store, last); e == nil {
+		if m, e := c.manifestHere(r.Context(), rq.disk, last); e == nil {
 			c.metrics.staleTags.Inc()
 			c.log.Info("a tag was served as last known: the registry is unreachable",
 				"registry", rq.registry.host, "repository", rq.repo, "tag", rq.tag, "digest", last, "reason", down)
@@ -278,7 +284,7 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 // manifestNow returns the manifest of rq, about which the registry was just
 // asked.
 func (c *Cache) manifestNow(ctx context.Context, rq *request, budget time.Duration) (*manifest, outcome, error) {
-	if m, err := c.manifestHere(ctx, rq.disk.store, rq.digest); err == nil {
+	if m, err := c.manifestHere(ctx, rq.disk, rq.digest); err == nil {
 		return m, hitChecked, nil
 	}
 	m, err := c.fetchManifest(ctx, rq, max(budget, c.cfg.Timeouts.Headers/4))

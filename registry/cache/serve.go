@@ -25,18 +25,20 @@ type outcome struct {
 
 // Where bytes come from.
 const (
-	fromStore    = "store"
-	fromUpstream = "upstream"
+	fromStore      = "store"
+	fromContainerd = "containerd"
+	fromUpstream   = "upstream"
 )
 
 var (
-	hitStored   = outcome{cacheStatus("hit"), "hit", fromStore}
-	hitChecked  = outcome{cacheStatus("hit; detail=checked"), "checked", fromStore}
-	hitOffline  = outcome{cacheStatus("hit; detail=offline"), "offline", fromStore}
-	hitStaleTag = outcome{cacheStatus("hit; detail=stale-tag"), "stale-tag", fromStore}
-	missStored  = outcome{cacheStatus("fwd=miss; stored"), "miss", fromUpstream}
-	missJoined  = outcome{cacheStatus("fwd=miss; collapsed; stored"), "joined", fromUpstream}
-	missHead    = outcome{cacheStatus("fwd=miss"), "miss", fromUpstream}
+	hitStored     = outcome{cacheStatus("hit"), "hit", fromStore}
+	hitChecked    = outcome{cacheStatus("hit; detail=checked"), "checked", fromStore}
+	hitOffline    = outcome{cacheStatus("hit; detail=offline"), "offline", fromStore}
+	hitStaleTag   = outcome{cacheStatus("hit; detail=stale-tag"), "stale-tag", fromStore}
+	hitContainerd = outcome{cacheStatus("hit; detail=containerd"), "containerd", fromContainerd}
+	missStored    = outcome{cacheStatus("fwd=miss; stored"), "miss", fromUpstream}
+	missJoined    = outcome{cacheStatus("fwd=miss; collapsed; stored"), "joined", fromUpstream}
+	missHead      = outcome{cacheStatus("fwd=miss"), "miss", fromUpstream}
 )
 
 func bypass(why string) outcome {
@@ -227,6 +229,9 @@ func (c *Cache) serveBlob(w http.ResponseWriter, r *http.Request, rq *request) e
 		case !errors.Is(err, fs.ErrNotExist):
 			c.log.Warn("a stored blob cannot be read; it is passed through", "digest", rq.digest, "error", err)
 			return c.passThrough(w, r, rq, "disk-error")
+		}
+		if err = c.serveContent(w, r, rq); !errors.Is(err, errElsewhere) {
+			return err
 		}
 		if r.Method == http.MethodHead {
 			return c.headBlob(w, r, rq)
