@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test clients e2e cluster cluster-down bench lint image manifests
+.PHONY: build demo test clients e2e cluster cluster-down bench lint image manifests chart-deps
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -17,6 +17,7 @@ test:
 	go vet ./...
 	go test -race ./...
 	go test -C test/containerd -race -count=1 ./...
+	go test -C test/chart ./...
 
 # The clients that people have, unchanged; as root, for podman's sake.
 clients:
@@ -44,6 +45,12 @@ lint:
 image: build
 	go run ./test/image -binary $(BIN) -o dist/connected-registry.tar
 
-# The CRD and the deep copies, from the Go types.
+# The CRD and the deep copies, from the Go types; the schema of the chart's
+# values, from the CRD; the plain manifests, from the chart.
 manifests:
 	go tool -modfile=tools/controller-gen/go.mod controller-gen crd object paths=./api/... output:crd:dir=manifests output:object:dir=api/v1alpha1
+	go run -C test/chart . manifests
+
+# cert-manager's chart, which ours depends on, from its Go module.
+chart-deps:
+	go run -C test/chart . deps

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -36,6 +37,9 @@ type Config struct {
 	// Auth decides who may do what. Run keeps its tokens up to date. Nil:
 	// everybody may do everything that the mode allows.
 	Auth *auth.Authority
+	// DrainTime is how long Run lets requests in flight finish once it is told
+	// to end, before it closes their connections. 0: four seconds.
+	DrainTime time.Duration
 	// Logger receives what was changed or denied at info level, every other
 	// request at debug level, and faults at error level. Nil discards them.
 	Logger *slog.Logger
@@ -43,8 +47,7 @@ type Config struct {
 	Metrics prometheus.Registerer
 }
 
-// drainTime is how long Run lets requests in flight finish once it is told to
-// end, before it closes their connections.
+// drainTime is Config.DrainTime where that says nothing.
 const drainTime = 4 * time.Second
 
 // stallTime is how long a client may send nothing in the middle of an upload.
@@ -80,6 +83,7 @@ func New(cfg Config) (*Server, error) {
 	if s.cfg.ReadOnly == nil {
 		s.cfg.ReadOnly = func() bool { return false }
 	}
+	s.cfg.DrainTime = cmp.Or(s.cfg.DrainTime, drainTime)
 	var err error
 	if cfg.CertFile != "" {
 		if s.keys, err = newKeyPair(cfg.CertFile, cfg.KeyFile, s.log); err != nil {
@@ -96,7 +100,7 @@ func New(cfg Config) (*Server, error) {
 func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serveHTTP) }
 
 // Run serves on Config.Listener until ctx ends, then refuses new connections,
-// lets requests in flight finish for up to four seconds, and closes what is
+// lets requests in flight finish for up to Config.DrainTime, and closes what is
 // left. It returns nil for an orderly end, and joins everything it started. It
 // may be called once.
 func (s *Server) Run(ctx context.Context) error {
@@ -115,13 +119,13 @@ func (s *Server) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		<-ctx.Done()
-		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.DrainTime)
 		defer cancel()
 		defer time.AfterFunc(silentTime, silent.close).Stop()
 		if srv.Shutdown(drain) == nil {
 			return nil
 		}
-		s.log.Warn("closing connections that did not finish in time", "waited", drainTime)
+		s.log.Warn("closing connections that did not finish in time", "waited", s.cfg.DrainTime)
 		return srv.Close()
 	})
 	if s.keys != nil {

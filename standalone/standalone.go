@@ -221,7 +221,7 @@ func (s *Standalone) openAuth(ctx context.Context, c Config) (*auth.Authority, e
 		Dir:           dir,
 		Secret:        secret,
 		AnonymousPull: func() bool { return anonymous },
-		Hosts:         []string{s.LoginServer},
+		Hosts:         func() []string { return []string{s.LoginServer} },
 		Logger:        c.Logger,
 	})
 }

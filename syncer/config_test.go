@@ -2,6 +2,7 @@ package syncer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
@@ -87,5 +89,40 @@ func TestFromSpec(t *testing.T) {
 	_, _, err = FromSpec(t.Context(), loadSpec(t, "  parent: {endpoint: registry.example.com, credentialsSecretRef: {name: absent}}\n"), secretMap{})
 	if err == nil || !strings.Contains(err.Error(), "Secret absent: key username") {
 		t.Errorf("error %v does not name the Secret that is missing", err)
+	}
+}
+
+func TestBefore(t *testing.T) {
+	before := v1alpha1.Status{
+		ConnectionState:    v1alpha1.ConnectionStateSyncing,
+		LastSyncTime:       new(metav1.Now()),
+		RegistrySyncResult: &v1alpha1.RegistrySyncResult{SyncState: v1alpha1.SyncStateSyncing, SyncTrigger: v1alpha1.SyncTriggerSchedule},
+		Repositories:       []v1alpha1.RepositoryStatus{{Name: "team/app", TagsWanted: 2, TagsPresent: 1}},
+	}
+	s := newFixtureAt(t, t.TempDir(), newTestParent(t), func(c *Config) { c.Before = before })
+	got := s.Status()
+	if got.ConnectionState == v1alpha1.ConnectionStateSyncing || got.RegistrySyncResult.SyncState != v1alpha1.SyncStateFailed || got.RegistrySyncResult.Error == "" {
+		t.Errorf("a synchronisation whose worker ended is still under way: %+v", got)
+	}
+	if !got.LastSyncTime.Equal(before.LastSyncTime) || len(got.Repositories) != 1 {
+		t.Errorf("what was known is lost: %+v", got)
+	}
+	if before.RegistrySyncResult.SyncState != v1alpha1.SyncStateSyncing {
+		t.Error("the caller's status was changed")
+	}
+}
+
+func TestFinish(t *testing.T) {
+	s := newFixture(t, newTestParent(t))
+	if err := s.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Sync(ctx, v1alpha1.SyncTriggerManual); !errors.Is(err, context.Canceled) {
+		t.Errorf("a synchronisation began after Finish: %v", err)
+	}
+	if err := s.Finish(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Finish did not end with its context: %v", err)
 	}
 }

@@ -13,10 +13,9 @@ import (
 // is a tenth of the time between two synchronisations at most.
 const maxJitter = 30 * time.Second
 
-// recur calls sync at once and then on schedule, until ctx ends. Times that pass
+// recur calls sync at once, with the trigger given, and then on schedule, until ctx ends. Times that pass
 // while sync runs are left out. next is told when the next call is due.
-func recur(ctx context.Context, schedule v1alpha1.Schedule, next func(time.Time), sync func(context.Context, v1alpha1.SyncTrigger)) error {
-	trigger := v1alpha1.SyncTriggerInitial
+func recur(ctx context.Context, trigger v1alpha1.SyncTrigger, schedule v1alpha1.Schedule, next func(time.Time), sync func(context.Context, v1alpha1.SyncTrigger)) error {
 	for ctx.Err() == nil {
 		sync(ctx, trigger)
 		trigger = v1alpha1.SyncTriggerSchedule

@@ -27,7 +27,7 @@ func TestRecur(t *testing.T) {
 		var began []time.Duration
 		var triggers []v1alpha1.SyncTrigger
 		var next []time.Duration
-		err = recur(ctx, schedule, func(t time.Time) { next = append(next, t.Sub(start)) }, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
+		err = recur(ctx, v1alpha1.SyncTriggerInitial, schedule, func(t time.Time) { next = append(next, t.Sub(start)) }, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
 			began = append(began, time.Since(start))
 			triggers = append(triggers, trigger)
 			switch len(began) {
@@ -72,7 +72,7 @@ func TestRecurEndsWhileItWaits(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() {
-			done <- recur(ctx, schedule, func(time.Time) {}, func(context.Context, v1alpha1.SyncTrigger) {})
+			done <- recur(ctx, v1alpha1.SyncTriggerInitial, schedule, func(time.Time) {}, func(context.Context, v1alpha1.SyncTrigger) {})
 		}()
 		synctest.Wait()
 		cancel()

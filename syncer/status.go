@@ -10,9 +10,8 @@ import (
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
 
-// Status is what the last synchronisation, or the one under way, found. Nothing
-// of it outlives the process, so it cannot say that something is under way that
-// is not.
+// Status is what the last synchronisation, or the one under way, found. It never
+// says that something is under way that is not.
 func (s *Syncer) Status() v1alpha1.Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -25,6 +24,21 @@ func (s *Syncer) Status() v1alpha1.Status {
 		if found := s.running.statuses(); len(found) > 0 {
 			status.Repositories = found
 		}
+	}
+	return status
+}
+
+// takenOver is what is left of a status whose synchronisation, if one was
+// under way, ended with its worker.
+func takenOver(before v1alpha1.Status) v1alpha1.Status {
+	status := *before.DeepCopy()
+	status.NextSyncTime = nil
+	if status.ConnectionState == v1alpha1.ConnectionStateSyncing {
+		status.ConnectionState = v1alpha1.ConnectionStateUnhealthy
+	}
+	if r := status.RegistrySyncResult; r != nil && r.SyncState == v1alpha1.SyncStateSyncing {
+		r.SyncState = v1alpha1.SyncStateFailed
+		r.Error = "the worker ended before the synchronisation did: it goes on in the next"
 	}
 	return status
 }

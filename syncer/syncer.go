@@ -48,6 +48,10 @@ type Config struct {
 	// MaxRemovals is how much of a repository's tags DeletePropagation removes
 	// at once, in percent; more are held until a ManualResync. 0: 50.
 	MaxRemovals int
+	// Before is what was known when the last Syncer ended, of another
+	// configuration or in another process; from it, Status goes on. Zero:
+	// nothing was ever synchronised.
+	Before v1alpha1.Status
 	// Logger takes the log. nil: none.
 	Logger *slog.Logger
 	// Progress is told what happens while it happens, from several goroutines,
@@ -81,6 +85,10 @@ const (
 	// EventPlanned: Repository was compared with the parent, which has Tags
 	// tags that are wanted.
 	EventPlanned EventKind = "planned"
+	// EventStarted: the image Digest, which Tag and perhaps other tags of
+	// Repository stand for, is being brought; Missing are its blobs that are to
+	// come.
+	EventStarted EventKind = "started"
 	// EventFetched: Bytes more of the blob Digest have arrived.
 	EventFetched EventKind = "fetched"
 	// EventBlob: the blob Digest of Bytes bytes is stored, or was already here
@@ -106,7 +114,14 @@ type Event struct {
 	Tags       int
 	Bytes      int64
 	Linked     bool
+	Missing    []Blob
 	Err        error
+}
+
+// Blob is a blob by its digest, with its size in bytes.
+type Blob struct {
+	Digest string
+	Size   int64
 }
 
 // Result is how one synchronisation went.
@@ -217,6 +232,7 @@ func New(config Config) (*Syncer, error) {
 		turn:       make(chan struct{}, 1),
 		logged:     make(map[string]string),
 		held:       make(map[string]string),
+		last:       takenOver(config.Before),
 	}, nil
 }
 
@@ -458,10 +474,25 @@ func (r *repository) measure(ctx context.Context, plan *RepositoryPlan, counted 
 	}
 }
 
+// Finish waits until no synchronisation is under way, and lets no other begin.
+// The error is the context's.
+func (s *Syncer) Finish(ctx context.Context) error {
+	select {
+	case s.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // Run synchronises at once and then on schedule, until ctx ends; then it returns
 // nil. What goes wrong meanwhile is logged and stands in Status.
 func (s *Syncer) Run(ctx context.Context) error {
-	return recur(ctx, s.schedule, s.setNext, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
+	first := v1alpha1.SyncTriggerInitial
+	if s.Status().LastSyncTime != nil {
+		first = v1alpha1.SyncTriggerEvent
+	}
+	return recur(ctx, first, s.schedule, s.setNext, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
 		// The error has been logged, and is in the status.
 		_, _ = s.Sync(ctx, trigger)
 	})

@@ -43,6 +43,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.AddCommand(
 		standaloneCommand(),
 		syncCommand(),
+		registryCommand(),
 		agentCommand(),
 		versionCommand(),
 	)

@@ -55,14 +55,18 @@ func (f *resourceFlags) load(stderr io.Writer) (standalone.Config, error) {
 	}, nil
 }
 
-func logger(w io.Writer, level v1alpha1.LogLevel) *slog.Logger {
-	levels := map[v1alpha1.LogLevel]slog.Level{
+// levelNone is above every level.
+const levelNone = slog.LevelError + 1000
+
+func logLevel(level v1alpha1.LogLevel) slog.Level {
+	return map[v1alpha1.LogLevel]slog.Level{ // Information: the zero Level
 		v1alpha1.LogLevelDebug:   slog.LevelDebug,
 		v1alpha1.LogLevelWarning: slog.LevelWarn,
 		v1alpha1.LogLevelError:   slog.LevelError,
-	}
-	if level == v1alpha1.LogLevelNone {
-		return slog.New(slog.DiscardHandler)
-	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: levels[level]})) // Information: the zero Level
+		v1alpha1.LogLevelNone:    levelNone,
+	}[level]
+}
+
+func logger(w io.Writer, level v1alpha1.LogLevel) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: logLevel(level)}))
 }

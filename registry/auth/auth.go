@@ -41,11 +41,11 @@ type Config struct {
 	// AnonymousPull is asked whether clients without credentials may read; it
 	// may change at any time. Nil: they may not.
 	AnonymousPull func() bool
-	// Hosts are the registry's names, with port, as they stand in image names.
+	// Hosts gives the registry's names, with port, as they stand in image names.
 	// A request that containerd makes on behalf of another registry's name
 	// (?ns=) is never challenged, for the credentials that would come are
-	// meant for that other registry.
-	Hosts []string
+	// meant for that other registry. Nil: only the name that a request came to.
+	Hosts func() []string
 	// Logger is told of logins that fail and of token files that cannot be
 	// used. Nil discards it.
 	Logger *slog.Logger
@@ -394,7 +394,7 @@ func (a *Authority) challenge(r *http.Request, needs []Need, code, reason string
 // are meant for this registry.
 func (a *Authority) mayChallenge(r *http.Request) bool {
 	ns := r.URL.Query().Get("ns")
-	return ns == "" || ns == r.Host || slices.Contains(a.cfg.Hosts, ns)
+	return ns == "" || ns == r.Host || a.cfg.Hosts != nil && slices.Contains(a.cfg.Hosts(), ns)
 }
 
 // scopeOf writes needs as clients ask for them, in the words that every client

@@ -206,7 +206,7 @@ func TestAuthorize(t *testing.T) {
 }
 
 func TestChallenge(t *testing.T) {
-	a := authority(t, Config{Hosts: []string{"connected.example"}})
+	a := authority(t, Config{Hosts: func() []string { return []string{"connected.example"} }})
 	const realm = `Bearer realm="https://registry.example:5000/oauth2/token",service="connected-registry"`
 	for name, test := range map[string]struct {
 		r     *http.Request

@@ -60,7 +60,7 @@ func serveRegistry(ctx context.Context, l net.Listener, root string) error {
 	defer store.Close()
 	authority, err := auth.New(auth.Config{
 		AnonymousPull: func() bool { return true },
-		Hosts:         []string{l.Addr().String()},
+		Hosts:         func() []string { return []string{l.Addr().String()} },
 	})
 	if err != nil {
 		return err

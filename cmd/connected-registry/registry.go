@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/registry"
+	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// replicaFlags are those of the command registry.
+type replicaFlags struct {
+	replica, tls, data, listen, healthListen string
+	plainHTTP                                bool
+	drainDelay, drainTimeout                 time.Duration
+}
+
+func registryCommand() *cobra.Command {
+	var flags replicaFlags
+	cmd := &cobra.Command{
+		Use:   "registry",
+		Short: "Run one replica of the registry in a cluster",
+		Long: `Runs one replica of the registry. Everything it needs lies in files, which the
+syncer renders and the kubelet mounts; they are read again when they change. It
+talks to nobody to serve a request.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return flags.run(cmd.Context(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&flags.replica, "replica", "/etc/connected-registry/replica", "directory with the settings: resource.yaml, secret, names and a file for each client token")
+	f.StringVar(&flags.tls, "tls", "/etc/connected-registry/tls", "directory with tls.crt and tls.key")
+	f.StringVar(&flags.data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry")
+	f.StringVar(&flags.listen, "listen", ":8443", "address of the registry")
+	f.BoolVar(&flags.plainHTTP, "plain-http", false, "serve without TLS")
+	f.StringVar(&flags.healthListen, "health-listen", ":8081", "address of /healthz, /readyz and /metrics")
+	f.DurationVar(&flags.drainDelay, "drain-delay", 5*time.Second, "how long to go on serving when told to end, until nobody sends new requests")
+	f.DurationVar(&flags.drainTimeout, "drain-timeout", 50*time.Second, "how long transfers in flight may take after that")
+	return cmd
+}
+
+func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
+	level := new(slog.LevelVar)
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	settings, err := registry.OpenSettings(registry.SettingsConfig{
+		Dir:     f.replica,
+		Changed: func(spec *v1alpha1.Spec) { level.Set(logLevel(spec.LogLevel)) },
+		Logger:  log,
+	})
+	if err != nil {
+		return err
+	}
+	h, err := newHealth(f.healthListen)
+	if err != nil {
+		return err
+	}
+	defer h.listener.Close()
+	root := filepath.Join(f.data, "registry")
+	store, err := storage.Open(ctx, storage.Config{Root: root, Logger: log})
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	server, err := f.server(ctx, settings, store, h, log)
+	if err != nil {
+		return err
+	}
+	var leaving atomic.Bool
+	h.ready = func(context.Context) error {
+		if leaving.Load() {
+			return errors.New("about to end")
+		}
+		return readable(root)
+	}
+	log.Info("serving", "listen", f.listen, "mode", settings.Spec().Mode, "version", version)
+
+	// The replica ends a while after it was told to, so that requests which are
+	// on their way find it.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	g, serving := errgroup.WithContext(serving)
+	g.Go(func() error {
+		select {
+		case <-ctx.Done():
+			leaving.Store(true)
+			log.Info("ending", "delay", f.drainDelay)
+			sleep(serving, f.drainDelay)
+			stop()
+		case <-serving.Done():
+		}
+		return nil
+	})
+	g.Go(func() error {
+		settings.Watch(serving)
+		return nil
+	})
+	ended := make(chan struct{})
+	g.Go(func() error {
+		defer close(ended)
+		return server.Run(serving)
+	})
+	g.Go(func() error {
+		// Health answers until the last transfer has ended.
+		until, cancel := context.WithCancel(context.WithoutCancel(serving))
+		defer cancel()
+		go func() {
+			<-ended
+			cancel()
+		}()
+		return h.run(until)
+	})
+	return g.Wait()
+}
+
+func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, log *slog.Logger) (*registry.Server, error) {
+	authority, err := auth.New(auth.Config{
+		Dir:           f.replica,
+		Secret:        settings.Secret(),
+		AnonymousPull: settings.AnonymousPull,
+		Hosts:         settings.Names,
+		Logger:        log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	config := registry.Config{
+		Store:     store,
+		ReadOnly:  settings.ReadOnly,
+		Auth:      authority,
+		DrainTime: f.drainTimeout,
+		Logger:    log,
+		Metrics:   h.metrics,
+	}
+	if !f.plainHTTP {
+		config.CertFile, config.KeyFile = filepath.Join(f.tls, v1alpha1.SecretKeyTLSCertificate), filepath.Join(f.tls, v1alpha1.SecretKeyTLSPrivateKey)
+	}
+	var lc net.ListenConfig
+	if config.Listener, err = lc.Listen(ctx, "tcp", f.listen); err != nil {
+		return nil, fmt.Errorf("taking the address for --listen: %w: stop what uses it or give another address", err)
+	}
+	server, err := registry.New(config)
+	if err != nil {
+		config.Listener.Close()
+	}
+	return server, err
+}
+
+// readable says whether the content can be reached.
+func readable(root string) error {
+	dir, err := os.Open(root)
+	if err != nil {
+		return fmt.Errorf("the data directory: %w", err)
+	}
+	defer dir.Close()
+	if _, err := dir.Readdirnames(1); err != nil {
+		return fmt.Errorf("the data directory: %w", err)
+	}
+	return nil
+}
+
+// sleep returns after d, or when ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
