@@ -17,15 +17,17 @@ var mayImport = map[string][]string{
 	"api/v1alpha1":        {},
 	"clienttoken":         {"api/v1alpha1"},
 	"trust":               {},
+	"archive":             {"storage", "api/v1alpha1"},
 	"storage":             {},
 	"agent":               {"trust"},
+	"agent/daemon":        {"agent", "trust", "api/v1alpha1"},
 	"registry":            {"trust", "api/v1alpha1", "storage", "registry/auth"},
 	"registry/auth":       {"api/v1alpha1", "clienttoken"},
 	"registry/cache":      {"trust", "api/v1alpha1", "storage"},
 	"syncer":              {"trust", "api/v1alpha1", "storage"},
 	"syncer/certificates": {"trust", "api/v1alpha1"},
 	"syncer/controller":   {"api/v1alpha1", "clienttoken", "trust", "storage", "syncer", "syncer/certificates"},
-	"standalone":          {"clienttoken", "trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
+	"standalone":          {"archive", "clienttoken", "trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
 }
 
 // TestImports holds the packages to the picture in ARCHITECTURE.md.

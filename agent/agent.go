@@ -52,6 +52,8 @@ type Config struct {
 	// SystemTrust also puts CA into the node's system trust store, for the
 	// other programs on the node. False: the store is left alone.
 	SystemTrust bool
+	// Tag is handed back in every Report, and means nothing here.
+	Tag string
 	// Logger receives what happened. Nil: nothing is logged.
 	Logger *slog.Logger
 	// Report, if set, is told of every attempt that Run makes, from one

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/registry/cache"
+)
+
+const (
+	// A cache that ends, or cannot begin, is begun anew after a wait that
+	// doubles between these.
+	firstCacheRetry = time.Second
+	longCacheRetry  = time.Minute
+)
+
+// nodeCache runs the cache of a node as it was told last. Registries change
+// while it runs; other bounds make it end and begin anew, with all that it
+// holds.
+type nodeCache struct {
+	dir, listen string
+	log         *slog.Logger
+	news        chan struct{} // holds one element when want has changed
+
+	mu      sync.Mutex // guards everything below
+	want    *cache.Config
+	running *cache.Cache
+	failure error
+	metrics *prometheus.Registry // of the running cache
+}
+
+func newNodeCache(dir, listen string, log *slog.Logger) (*nodeCache, error) {
+	host, _, err := net.SplitHostPort(listen)
+	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+		return nil, fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", listen)
+	}
+	if dir == "" {
+		return nil, errors.New("no directory for the cache: give one with --data")
+	}
+	return &nodeCache{dir: dir, listen: listen, log: log, news: make(chan struct{}, 1)}, nil
+}
+
+// Configure implements daemon.Cache.
+func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) error {
+	want := cache.Config{Dir: n.dir, Registries: cache.NodeRegistries(c, caFile), Logger: n.log}
+	if q := c.NodeCache.MaxSize; q != nil {
+		want.MaxSize = q.Value()
+	}
+	if q := c.NodeCache.MinFreeDisk; q != nil {
+		want.MinFreeDisk = q.Value()
+	}
+	if _, err := cache.New(want); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.want = &want
+	n.mu.Unlock()
+	select {
+	case n.news <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// Fault implements daemon.Cache.
+func (n *nodeCache) Fault() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch {
+	case n.failure != nil:
+		return n.failure
+	case n.running == nil || !n.running.Serving():
+		return errors.New("it is starting")
+	}
+	return nil
+}
+
+// Gather implements prometheus.Gatherer.
+func (n *nodeCache) Gather() ([]*dto.MetricFamily, error) {
+	n.mu.Lock()
+	metrics := n.metrics
+	n.mu.Unlock()
+	if metrics == nil {
+		return nil, nil
+	}
+	return metrics.Gather()
+}
+
+// run serves until ctx ends.
+func (n *nodeCache) run(ctx context.Context) {
+	retry := firstCacheRetry
+	for {
+		n.mu.Lock()
+		want := n.want
+		n.mu.Unlock()
+		var again <-chan time.Time
+		if want != nil {
+			began := time.Now()
+			err := n.serve(ctx, *want)
+			n.mu.Lock()
+			n.running, n.failure = nil, err
+			n.mu.Unlock()
+			if ctx.Err() != nil {
+				return
+			}
+			if err == nil {
+				continue // other bounds
+			}
+			if time.Since(began) > longCacheRetry {
+				retry = firstCacheRetry
+			}
+			n.log.Error("the cache ended, and is begun anew", "error", err, "in", retry)
+			again = time.After(retry)
+			retry = min(2*retry, longCacheRetry)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-n.news:
+		case <-again:
+		}
+	}
+}
+
+// serve runs one cache. It returns nil when ctx ends or the cache has to be made
+// anew.
+func (n *nodeCache) serve(ctx context.Context, config cache.Config) error {
+	var lc net.ListenConfig
+	listener, err := lc.Listen(ctx, "tcp", n.listen)
+	if err != nil {
+		return fmt.Errorf("taking the address for --cache-listen: %w: stop what uses it or give another address", err)
+	}
+	config.Listener = listener
+	metrics := prometheus.NewRegistry()
+	config.Metrics = metrics
+	c, err := cache.New(config)
+	if err != nil {
+		listener.Close()
+		return err
+	}
+	n.mu.Lock()
+	n.running, n.failure, n.metrics = c, nil, metrics
+	n.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	for {
+		select {
+		case err := <-ended:
+			return err
+		case <-n.news:
+		}
+		n.mu.Lock()
+		want := *n.want
+		n.mu.Unlock()
+		if want.MaxSize != config.MaxSize || want.MinFreeDisk != config.MinFreeDisk {
+			cancel()
+			return <-ended
+		}
+		if err := c.SetRegistries(want.Registries); err != nil {
+			n.log.Error("the cache keeps what it was told before", "error", err)
+		}
+	}
+}
