@@ -1,7 +1,6 @@
 package trust
 
 import (
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,11 +9,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/big"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -26,76 +23,61 @@ const (
 	// backdate lets machines whose clocks are a little behind take a
 	// certificate that was just made.
 	backdate = time.Hour
-	// lockWait is long enough for another process to make a key and sign.
-	lockWait = 15 * time.Second
-
-	authorityCert = "ca.crt"
-	authorityKey  = "ca.key"
-	servingCert   = "tls.crt"
-	servingKey    = "tls.key"
 )
 
-// Authority is the built-in certificate authority: one ECDSA P-256 root, kept
-// in a directory, that issues the registry's serving certificate when none is
-// given from elsewhere.
+// Authority is the built-in certificate authority: one ECDSA P-256 root that
+// issues the registry's serving certificate when none is given from elsewhere.
+// It is kept in a directory ([LoadOrCreateAuthority]) or wherever the caller
+// keeps what [Authority.PEM] returns.
 type Authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 }
 
-// LoadOrCreateAuthority reads ca.crt and ca.key (mode 0600) from dir, which
-// must exist, or makes them: a root valid for ten years, path length 0.
-//
-// The key is written before the certificate and never replaced, so the two
-// always belong together: a key alone means that its certificate was never
-// published, and one is made for it. A certificate alone is an error, since
-// nodes may trust it already and its key cannot be made again. In its last two
-// years the root is signed anew with the same key and name; what was issued
-// under either verifies under both.
-func LoadOrCreateAuthority(dir string, now time.Time) (*Authority, error) {
-	a, err := loadOrCreateAuthority(dir, now, nil)
+// NewAuthority makes a root with a new key, valid for ten years from now, path
+// length 0.
+func NewAuthority(now time.Time) (*Authority, error) {
+	key, err := newKey()
 	if err != nil {
-		return nil, fmt.Errorf("certificate authority in %s: %w", dir, err)
+		return nil, err
+	}
+	a := &Authority{key: key}
+	return a, a.sign(now)
+}
+
+// ParseAuthority reads what [Authority.PEM] wrote. Errors never repeat any of
+// the input.
+func ParseAuthority(cert, key []byte) (*Authority, error) {
+	parsed, err := parseCertificate(cert)
+	if err != nil {
+		return nil, fmt.Errorf("the CA %w", err)
+	}
+	a := &Authority{cert: parsed}
+	if a.key, err = parseKey(key); err != nil {
+		return nil, fmt.Errorf("the CA's key %w", err)
+	}
+	switch {
+	case !a.key.PublicKey.Equal(parsed.PublicKey):
+		return nil, errors.New("the CA and its key do not belong together")
+	case !isCA(parsed):
+		return nil, errors.New("the CA is not a CA certificate")
 	}
 	return a, nil
 }
 
-func loadOrCreateAuthority(dir string, now time.Time, before func(string)) (*Authority, error) {
-	d, unlock, err := openLocked(dir, before)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-
-	cert, err := readCertificate(d, authorityCert)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	key, err := readKey(d, authorityKey)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && cert != nil:
-		return nil, fmt.Errorf("%s is there but %s is not: put the key back, or remove the certificate to begin with a new authority", authorityCert, authorityKey)
-	case errors.Is(err, fs.ErrNotExist):
-		if key, err = createKey(d, authorityKey); err != nil {
-			return nil, err
-		}
-	case err != nil:
-		return nil, err
-	}
-	a := &Authority{cert: cert, key: key}
-	switch {
-	case cert != nil && !key.PublicKey.Equal(cert.PublicKey):
-		return nil, fmt.Errorf("%s and %s do not belong together: put the right one back, or remove both to begin with a new authority", authorityCert, authorityKey)
-	case cert != nil && !isCA(cert):
-		return nil, fmt.Errorf("%s is not a CA certificate: put the right one back, or remove both %[1]s and %s to begin with a new authority", authorityCert, authorityKey)
-	case cert != nil && cert.NotAfter.Sub(now) > servingLife:
-		return a, nil
-	}
-	return a, a.sign(d, now)
+// PEM returns the root certificate and its private key, which nobody but the
+// authority may read.
+func (a *Authority) PEM() (cert, key []byte, err error) {
+	key, err = encodeKey(a.key)
+	return encodeCertificate(a.cert), key, err
 }
 
-// sign publishes a root certificate for the key.
-func (a *Authority) sign(d *disk, now time.Time) error {
+// NearsEnd reports whether the root ends before a serving certificate would
+// that was issued at now.
+func (a *Authority) NearsEnd(now time.Time) bool { return a.cert.NotAfter.Sub(now) <= servingLife }
+
+// sign makes a root certificate for the key.
+func (a *Authority) sign(now time.Time) error {
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: "Connected Registry CA", Organization: []string{"connected-registry"}},
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
@@ -113,9 +95,6 @@ func (a *Authority) sign(d *disk, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if _, err := d.write(authorityCert, encodeCertificate(cert), 0o644); err != nil {
-		return err
-	}
 	a.cert = cert
 	return nil
 }
@@ -123,56 +102,32 @@ func (a *Authority) sign(d *disk, now time.Time) error {
 // Bundle holds the authority's own certificate.
 func (a *Authority) Bundle() Bundle { return newBundle([]*x509.Certificate{a.cert}) }
 
-// EnsureServing makes sure that dir, which must exist, holds tls.crt and
-// tls.key (mode 0600) for hosts, DNS names or IP addresses without port. The
-// certificate is valid for two years, at most to the authority's end, and is
-// issued again when its names, its issuer or its remaining life (a third) call
-// for it; changed says that it was.
-//
-// A key that is there is used again, so that renewing is one rename and a
-// server never reads a certificate and a key that do not match. Only when the
-// key was missing or unusable are both new: key first, then certificate, and a
-// process killed in between repairs that at its next start.
-func (a *Authority) EnsureServing(dir string, hosts []string, now time.Time) (changed bool, err error) {
-	changed, err = a.ensureServing(dir, hosts, now, nil)
-	if err != nil {
-		return changed, fmt.Errorf("serving certificate in %s: %w", dir, err)
-	}
-	return changed, nil
-}
-
-func (a *Authority) ensureServing(dir string, hosts []string, now time.Time, before func(string)) (changed bool, err error) {
+// Issue makes a serving certificate with a new key for hosts, DNS names or IP
+// addresses without port. It is valid for two years, at most to the authority's
+// end.
+func (a *Authority) Issue(hosts []string, now time.Time) (cert, key []byte, err error) {
 	names, err := parseNames(hosts)
 	if err != nil {
-		return false, err
+		return nil, nil, err
 	}
-	d, unlock, err := openLocked(dir, before)
+	private, err := newKey()
 	if err != nil {
-		return false, err
+		return nil, nil, err
 	}
-	defer unlock()
+	issued, err := issue(names.template(), a, private, now, servingLife)
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err = encodeKey(private)
+	return encodeCertificate(issued), key, err
+}
 
-	key, err := readKey(d, servingKey)
-	if err != nil && !isUnusable(err) {
-		return false, err
-	}
-	cert, err := readCertificate(d, servingCert)
-	if err != nil && !isUnusable(err) {
-		return false, err
-	}
-	if key != nil && cert != nil && key.PublicKey.Equal(cert.PublicKey) && a.current(cert, names, now) {
-		return false, nil
-	}
-	if key == nil {
-		if key, err = createKey(d, servingKey); err != nil {
-			return false, err
-		}
-	}
-	cert, err = issue(names.template(), a, key, now, servingLife)
-	if err != nil {
-		return false, err
-	}
-	return d.write(servingCert, encodeCertificate(cert), 0o644)
+// Current reports whether cert can go on being served for hosts: the authority
+// issued it, for these names and no others, and more than a third of its life
+// is left. The error is about hosts.
+func (a *Authority) Current(cert *x509.Certificate, hosts []string, now time.Time) (bool, error) {
+	names, err := parseNames(hosts)
+	return err == nil && a.current(cert, names, now), err
 }
 
 // current reports whether cert can go on being served.
@@ -271,36 +226,29 @@ func issue(template *x509.Certificate, issuer *Authority, key *ecdsa.PrivateKey,
 	return x509.ParseCertificate(der)
 }
 
-// errUnusable marks a file that is there but holds nothing that could be used.
+// errUnusable marks what is there but holds nothing that could be used.
 var errUnusable = errors.New("unusable")
 
-func isUnusable(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, errUnusable)
-}
-
-func readCertificate(d *disk, name string) (*x509.Certificate, error) {
-	data, err := d.read(name)
-	if err != nil {
-		return nil, err
-	}
+func parseCertificate(data []byte) (*x509.Certificate, error) {
 	block, _ := pem.Decode(data)
 	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, fmt.Errorf("%s holds no certificate (%w): put it back from a copy", name, errUnusable)
+		return nil, fmt.Errorf("holds no certificate (%w): put it back from a copy", errUnusable)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("%s (%w): %w", name, errUnusable, err)
+		return nil, fmt.Errorf("holds a certificate that does not parse (%w): %w", errUnusable, err)
 	}
 	return cert, nil
 }
 
-// readKey returns an ECDSA P-256 key and closes its file to others.
-func readKey(d *disk, name string) (*ecdsa.PrivateKey, error) {
-	data, err := d.read(name)
-	if err != nil {
-		return nil, err
-	}
-	unusable := fmt.Errorf("%s holds no ECDSA P-256 key (%w): put it back from a copy", name, errUnusable)
+func encodeCertificate(cert *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+}
+
+func newKey() (*ecdsa.PrivateKey, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) }
+
+func parseKey(data []byte) (*ecdsa.PrivateKey, error) {
+	unusable := fmt.Errorf("holds no ECDSA P-256 key (%w): put it back from a copy", errUnusable)
 	block, _ := pem.Decode(data)
 	if block == nil || block.Type != "PRIVATE KEY" {
 		return nil, unusable
@@ -313,49 +261,13 @@ func readKey(d *disk, name string) (*ecdsa.PrivateKey, error) {
 	if !ok || key.Curve != elliptic.P256() {
 		return nil, unusable
 	}
-	_, err = d.write(name, data, 0o600)
-	return key, err
+	return key, nil
 }
 
-func createKey(d *disk, name string) (*ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
+func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, err
 	}
-	_, err = d.write(name, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
-	return key, err
-}
-
-func encodeCertificate(cert *x509.Certificate) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
-}
-
-// openLocked opens dir, takes the lock on it, and sweeps what an earlier
-// process left half-made there.
-func openLocked(dir string, before func(string)) (*disk, func(), error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	d := &disk{root: root, before: before}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), lockWait, errors.New("gave up waiting"))
-	defer cancel()
-	unlock, err := d.lock(ctx, ".")
-	if err != nil {
-		_ = root.Close()
-		return nil, nil, err
-	}
-	release := func() {
-		unlock()
-		_ = root.Close()
-	}
-	if err := d.sweep("."); err != nil {
-		release()
-		return nil, nil, err
-	}
-	return d, release, nil
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }

@@ -348,3 +348,79 @@ func mkdir(t *testing.T, dir, name string) {
 		t.Fatal(err)
 	}
 }
+
+func TestAuthorityFromBytes(t *testing.T) {
+	made, err := NewAuthority(testNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, key, err := made.PEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := ParseAuthority(root, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hosts := []string{"10.0.0.10", "registry.example"}
+	cert, certKey, err := a.Issue(hosts, testNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(cert, certKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: made.Bundle().Pool(), CurrentTime: testNow, DNSName: "10.0.0.10"}); err != nil {
+		t.Error(err)
+	}
+	other, err := NewAuthority(testNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if other.Bundle().Equal(made.Bundle()) {
+		t.Error("two new authorities are one")
+	}
+	current := []struct {
+		name      string
+		authority *Authority
+		hosts     []string
+		now       time.Time
+		want      bool
+	}{
+		{"just issued", a, hosts, testNow, true},
+		{"a name more", a, append(hosts, "other.example"), testNow, false},
+		{"another authority", other, hosts, testNow, false},
+		{"less than a third left", a, hosts, testNow.Add(servingLife * 7 / 10), false},
+	}
+	for _, tt := range current {
+		if got, err := tt.authority.Current(pair.Leaf, tt.hosts, tt.now); err != nil || got != tt.want {
+			t.Errorf("%s: %v %v", tt.name, got, err)
+		}
+	}
+	if _, err := a.Current(pair.Leaf, []string{"a b"}, testNow); err == nil {
+		t.Error("a host that is none was taken")
+	}
+	if a.NearsEnd(testNow.AddDate(7, 11, 0)) || !a.NearsEnd(testNow.AddDate(8, 0, 2)) {
+		t.Error("the end is near at the wrong time")
+	}
+}
+
+func TestParseAuthorityRefuses(t *testing.T) {
+	one, two := newCA(t, "one"), newCA(t, "two")
+	leaf := newCert(t, "leaf", &one, func(c *x509.Certificate) { c.IsCA = false })
+	tests := map[string]struct{ cert, key []byte }{
+		"nothing":     {nil, nil},
+		"no key":      {one.pem(), nil},
+		"no cert":     {nil, keyPEM(t, one.key)},
+		"swapped":     {keyPEM(t, one.key), one.pem()},
+		"two pairs":   {one.pem(), keyPEM(t, two.key)},
+		"not a CA":    {leaf.pem(), keyPEM(t, leaf.key)},
+		"garbage key": {one.pem(), []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")},
+	}
+	for name, tt := range tests {
+		if _, err := ParseAuthority(tt.cert, tt.key); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+}

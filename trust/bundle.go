@@ -192,6 +192,17 @@ func (b Bundle) Fingerprint() string {
 // Len is the number of certificates.
 func (b Bundle) Len() int { return len(b.certs) }
 
+// Fingerprints returns the SHA-256 sum, as 64 hex digits, of each certificate's
+// DER encoding. They are sorted.
+func (b Bundle) Fingerprints() []string {
+	all := make([]string, len(b.certs))
+	for i, c := range b.certs {
+		sum := sha256.Sum256(c.Raw)
+		all[i] = hex.EncodeToString(sum[:])
+	}
+	return all
+}
+
 // Empty reports whether there are no certificates.
 func (b Bundle) Empty() bool { return len(b.certs) == 0 }
 
@@ -203,6 +214,14 @@ func (b Bundle) Equal(o Bundle) bool {
 // Union returns the certificates of both.
 func (b Bundle) Union(o Bundle) Bundle {
 	return newBundle(slices.Concat(b.certs, o.certs))
+}
+
+// Without returns the certificates of b that are not in o.
+func (b Bundle) Without(o Bundle) Bundle {
+	left := slices.DeleteFunc(slices.Clone(b.certs), func(c *x509.Certificate) bool {
+		return slices.ContainsFunc(o.certs, c.Equal)
+	})
+	return Bundle{certs: left}
 }
 
 // Pool returns a new pool with the certificates and no others. The empty

@@ -2,15 +2,19 @@ package trust
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 func TestParseBundle(t *testing.T) {
@@ -204,4 +208,30 @@ func FuzzParseBundle(f *testing.F) {
 		}
 		_ = tls.Config{RootCAs: b.Pool()}
 	})
+}
+
+func TestBundleWithout(t *testing.T) {
+	a, b, c := newCA(t, "a").bundle(), newCA(t, "b").bundle(), newCA(t, "c").bundle()
+	all := a.Union(b).Union(c)
+	if got := all.Without(b); !got.Equal(a.Union(c)) {
+		t.Error("something else is left")
+	}
+	if !all.Without(all).Empty() || !(Bundle{}).Without(all).Empty() || !all.Without(Bundle{}).Equal(all) {
+		t.Error("the empty set is not treated as one")
+	}
+	if len(all.Certificates()) != 3 {
+		t.Error("the bundle was changed")
+	}
+}
+
+func TestBundleFingerprints(t *testing.T) {
+	a, b := newCA(t, "a"), newCA(t, "b")
+	var want []string
+	for _, c := range []testCert{a, b} {
+		want = append(want, fmt.Sprintf("%x", sha256.Sum256(c.cert.Raw)))
+	}
+	slices.Sort(want)
+	if diff := cmp.Diff(want, a.bundle().Union(b.bundle()).Fingerprints()); diff != "" {
+		t.Error(diff)
+	}
 }
