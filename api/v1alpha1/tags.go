@@ -143,3 +143,34 @@ func tagVersion(tag string) *semver.Version {
 	}
 	return v
 }
+
+// ParseReferenceGlobs parses REPOSITORY[:TAG] patterns, in which REPOSITORY is a
+// Glob and TAG a TagPattern, and returns what any of them matches; with no
+// patterns, everything. The error names the pattern.
+func ParseReferenceGlobs(patterns []string) (match func(repository, tag string) bool, err error) {
+	type pair struct {
+		repository Glob
+		tag        *TagPattern
+	}
+	var pairs []pair
+	for _, pattern := range patterns {
+		name, tag, tagged := strings.Cut(pattern, ":")
+		var p pair
+		if p.repository, err = ParseGlob(name); err != nil {
+			return nil, fmt.Errorf("%q: the repository %w", pattern, err)
+		}
+		if tagged {
+			t, err := ParseTagPattern(tag)
+			if err != nil {
+				return nil, fmt.Errorf("%q: the tag %w", pattern, err)
+			}
+			p.tag = &t
+		}
+		pairs = append(pairs, p)
+	}
+	return func(repository, tag string) bool {
+		return len(pairs) == 0 || slices.ContainsFunc(pairs, func(p pair) bool {
+			return p.repository.Match(repository) && (p.tag == nil || p.tag.Match(tag))
+		})
+	}, nil
+}

@@ -1,6 +1,7 @@
 package v1alpha1
 
 import (
+	"strconv"
 	"strings"
 	"testing"
 
@@ -101,4 +102,28 @@ func FuzzTagPattern(f *testing.F) {
 		}
 		_ = NewestTags([]string{tag, pattern}, 1)
 	})
+}
+
+func TestParseReferenceGlobs(t *testing.T) {
+	match, err := ParseReferenceGlobs([]string{"team/**:v1", "base", "tool:regex:v[0-9]+"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for reference, want := range map[string]bool{
+		"team/app:v1": true, "team/app:v2": false, "base:any": true, "base/x:any": false, "tool:v12": true, "tool:v": false,
+	} {
+		name, tag, _ := strings.Cut(reference, ":")
+		if got := match(name, tag); got != want {
+			t.Errorf("%s: %t", reference, got)
+		}
+	}
+	all, err := ParseReferenceGlobs(nil)
+	if err != nil || !all("a", "b") {
+		t.Errorf("no patterns match not everything (%v)", err)
+	}
+	for _, bad := range []string{":v1", "team/app:", "a:regex:("} {
+		if _, err := ParseReferenceGlobs([]string{bad}); err == nil || !strings.Contains(err.Error(), strconv.Quote(bad)) {
+			t.Errorf("%q: error %v", bad, err)
+		}
+	}
 }

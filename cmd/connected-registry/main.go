@@ -43,8 +43,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.AddCommand(
 		standaloneCommand(),
 		syncCommand(),
+		exportCommand(),
+		importCommand(),
 		registryCommand(),
 		agentCommand(),
+		probeCommand(),
 		versionCommand(),
 	)
 	return root.ExecuteContext(ctx)

@@ -29,7 +29,9 @@ It works on the data directory of a standalone registry that is not running.`,
 			if err != nil {
 				return err
 			}
-			config.Progress = progressLines(cmd.OutOrStdout())
+			progress := newProgress(cmd.OutOrStdout())
+			defer progress.close()
+			config.Progress = progress.event
 			if config.Resource.Spec.LogLevel != v1alpha1.LogLevelDebug {
 				// What the log would say is what this command prints.
 				config.Logger = nil
@@ -43,6 +45,7 @@ It works on the data directory of a standalone registry that is not running.`,
 				return errors.New("nothing to synchronise from: set spec.parent.endpoint")
 			}
 			if dryRun {
+				progress.close()
 				plan, err := s.Syncer.Plan(cmd.Context())
 				if err != nil {
 					return err
@@ -50,6 +53,7 @@ It works on the data directory of a standalone registry that is not running.`,
 				return printPlan(cmd.OutOrStdout(), plan)
 			}
 			result, err := s.Syncer.Sync(cmd.Context(), v1alpha1.SyncTriggerManual)
+			progress.close()
 			printResult(cmd.OutOrStdout(), result)
 			return err
 		},
@@ -57,25 +61,6 @@ It works on the data directory of a standalone registry that is not running.`,
 	flags.register(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what would be done and do nothing")
 	return cmd
-}
-
-// progressLines prints a line for each tag that is brought, removed or cannot be. A single
-// Fprintf is a single write, so lines of several goroutines stay whole.
-func progressLines(w io.Writer) func(syncer.Event) {
-	return func(e syncer.Event) {
-		switch e.Kind {
-		case syncer.EventTagged:
-			fmt.Fprintf(w, "%s:%s %s\n", e.Repository, e.Tag, e.Digest)
-		case syncer.EventRemoved:
-			fmt.Fprintf(w, "%s:%s removed\n", e.Repository, e.Tag)
-		case syncer.EventFailed:
-			name := e.Repository
-			if e.Tag != "" {
-				name += ":" + e.Tag
-			}
-			fmt.Fprintf(w, "%s: %v\n", name, e.Err)
-		}
-	}
 }
 
 // printPlan prints a line for each tag and repository, and returns an error
