@@ -66,7 +66,9 @@ type Cache interface {
 	// that the registry is trusted by, changes while the cache runs, and may be
 	// missing at first; empty: the system's. It does not block.
 	Configure(c *v1alpha1.NodeConfiguration, caFile string) error
-	// Fault is nil while the cache serves.
+	// Serving reports whether it answers requests.
+	Serving() bool
+	// Fault says why it cannot. nil: it does, or is about to.
 	Fault() error
 }
 

@@ -46,10 +46,8 @@ func (d *Daemon) Readyz(w http.ResponseWriter, _ *http.Request) {
 		why = "starting"
 	}
 	d.health.mu.Unlock()
-	if why == "" && d.cfg.Cache != nil {
-		if err := d.cfg.Cache.Fault(); err != nil {
-			why = "the cache does not serve: " + err.Error()
-		}
+	if c := d.cfg.Cache; why == "" && c != nil && !c.Serving() {
+		why = "the cache does not serve: " + text(c.Fault())
 	}
 	if why != "" {
 		http.Error(w, why, http.StatusServiceUnavailable)

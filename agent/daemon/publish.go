@@ -81,9 +81,12 @@ func (d *Daemon) findFaults(n news) map[string]fault {
 	for name, s := range d.sources {
 		about := object{"Secret", name, s.uid}
 		if s.fault != "" && d.isNamed(name) {
-			f := fault{about: about, reason: "SecretMissing", message: "Secret " + name + " " + s.fault}
-			if s.refused {
+			f := fault{about: about, message: "Secret " + name + " " + s.fault}
+			switch {
+			case s.refused:
 				f.reason = "InvalidCertificates"
+			case !s.bundle.Empty() || s.lapsed: // otherwise it is only on its way
+				f.reason = "SecretMissing"
 			}
 			all[partSecret+"/"+name] = f
 		}

@@ -71,17 +71,18 @@ func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) erro
 	return nil
 }
 
+// Serving implements daemon.Cache.
+func (n *nodeCache) Serving() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.running != nil && n.running.Serving()
+}
+
 // Fault implements daemon.Cache.
 func (n *nodeCache) Fault() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	switch {
-	case n.failure != nil:
-		return n.failure
-	case n.running == nil || !n.running.Serving():
-		return errors.New("it is starting")
-	}
-	return nil
+	return n.failure
 }
 
 // Gather implements prometheus.Gatherer.
