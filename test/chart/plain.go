@@ -63,13 +63,17 @@ func documents(rendered []byte) []string {
 	return all
 }
 
-// withoutHooks drops what means something to helm alone.
+// withoutHooks drops what means something to helm alone: the annotations of
+// hooks, which have no others.
 func withoutHooks(doc string) string {
+	if !strings.Contains(doc, "helm.sh/hook:") {
+		return doc
+	}
 	var b strings.Builder
 	for line := range strings.Lines(doc) {
-		if !strings.Contains(line, "helm.sh/hook") {
+		if !strings.Contains(line, "helm.sh/hook") && line != "  annotations:\n" {
 			b.WriteString(line)
 		}
 	}
-	return strings.ReplaceAll(b.String(), "\n  annotations:\nspec:", "\nspec:")
+	return b.String()
 }

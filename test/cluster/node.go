@@ -402,6 +402,7 @@ func cniConfig(pods netip.Prefix) string {
 
 // kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1).
 // Nothing is evicted or collected for want of disk: the disk is the host's.
+// What a mounted Secret or ConfigMap holds arrives within seconds.
 func (n *Node) kubeletConfig() map[string]any {
 	return map[string]any{
 		"apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -424,6 +425,7 @@ func (n *Node) kubeletConfig() map[string]any {
 		"nodeLeaseDurationSeconds":    20,
 		"nodeStatusUpdateFrequency":   "4s",
 		"resolvConf":                  "/etc/resolv.conf",
+		"syncFrequency":               "10s",
 		"tlsCertFile":                 "/etc/kubernetes/kubelet.crt",
 		"tlsPrivateKeyFile":           "/etc/kubernetes/kubelet.key",
 	}

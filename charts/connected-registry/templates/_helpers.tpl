@@ -143,3 +143,11 @@ source: BuiltIn
 - {{ .name }}
 {{- end }}
 {{- end }}
+
+{{/* Annotations of what helm runs before it removes the rest. */}}
+{{- define "connected-registry.uninstallHook" -}}
+annotations:
+  helm.sh/hook: pre-delete
+  helm.sh/hook-weight: {{ . | quote }}
+  helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
