@@ -35,7 +35,7 @@ func (rq *request) about(d digest.Digest) *request {
 
 func (rq *request) question(method string) question {
 	q := question{
-		method: method, path: rq.path(), filter: rq.filter, who: rq.reader,
+		method: method, path: rq.path(), filter: rq.filter, ns: rq.registry.host, who: rq.reader,
 		small:  method == http.MethodHead || rq.kind == kindManifest,
 		accept: strings.Join(rq.header["Accept"], ", "), auth: rq.auth,
 		via: strings.Join(append(slices.Clip(rq.header["Via"]), "1.1 "+rq.pseudonym), ", "),

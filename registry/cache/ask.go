@@ -25,6 +25,7 @@ type question struct {
 	from   int64                        // continue at this byte; 0: the whole
 	ranges string                       // the client's own Range, passed on
 	avoid  func(*upstream) *unavailable // why not to ask it; may be nil
+	ns     string                       // the registry that is meant
 	who    factKey                      // whose question it is
 	small  bool                         // the answer costs an upstream little
 }
@@ -266,7 +267,11 @@ func (up *upstream) request(ctx context.Context, q question) *http.Request {
 	u := *up.base
 	u.Path = q.path
 	query := url.Values{}
-	if up.namespace != u.Host {
+	switch up.namespace {
+	case u.Host:
+	case "":
+		query.Set("ns", q.ns)
+	default:
 		query.Set("ns", up.namespace)
 	}
 	if q.filter != "" {
@@ -283,6 +288,7 @@ func (up *upstream) request(ctx context.Context, q question) *http.Request {
 			h.Set(name, value)
 		}
 	}
+	set(peerHeader, up.peer)
 	set("Accept", q.accept)
 	set("Range", q.ranges)
 	if q.from > 0 {

@@ -3,6 +3,7 @@ package cache
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,6 +29,7 @@ type Cache struct {
 	log        *slog.Logger
 	metrics    *metrics
 	asker      asker
+	peers      *peers // nil: other nodes are not asked
 	pseudonym  string // in Via
 	registries atomic.Pointer[map[string]*registry]
 	disk       atomic.Pointer[disk] // nil while not running
@@ -72,6 +74,10 @@ func New(cfg Config) (*Cache, error) {
 		return nil, err
 	}
 	c.asker = asker{timeouts: cfg.Timeouts, metrics: c.metrics, log: c.log, work: &c.work}
+	if cfg.Peer != nil {
+		c.peers = &peers{cfg: *cfg.Peer, id: newIdentity(*cfg.Peer, c.log), ask: c.asker}
+		c.peers.ask.timeouts.Retry = peerRetry
+	}
 	return c, c.SetRegistries(cfg.Registries)
 }
 
@@ -120,8 +126,8 @@ func (c *Cache) usage() (bytes int64, blobs int) {
 // is left of them on disk is continued from later. It returns when every
 // goroutine has ended: nil after ctx ended, else what made it stop.
 func (c *Cache) Run(ctx context.Context) error {
-	if c.cfg.Listener != nil {
-		defer c.cfg.Listener.Close()
+	for _, l := range c.listeners() {
+		defer l.Close()
 	}
 	d, err := c.openDisk(ctx)
 	if err != nil {
@@ -137,7 +143,12 @@ func (c *Cache) Run(ctx context.Context) error {
 		return nil
 	})
 	if c.cfg.Listener != nil {
-		c.serveListener(running, g)
+		c.serveListener(running, g, c.cfg.Listener, c)
+	}
+	if c.peers != nil {
+		defer c.peers.closeIdle()
+		l := tls.NewListener(c.peers.cfg.Listener, c.peers.id.serverConfig())
+		c.serveListener(running, g, l, http.HandlerFunc(c.servePeer))
 	}
 	g.Go(func() error {
 		<-running.Done()
@@ -159,22 +170,33 @@ func (c *Cache) Run(ctx context.Context) error {
 	return err
 }
 
-// serveListener adds the HTTP server to g.
-func (c *Cache) serveListener(running context.Context, g *errgroup.Group) {
+// listeners are those that Run closes.
+func (c *Cache) listeners() (all []net.Listener) {
+	if c.cfg.Listener != nil {
+		all = append(all, c.cfg.Listener)
+	}
+	if c.peers != nil {
+		all = append(all, c.peers.cfg.Listener)
+	}
+	return all
+}
+
+// serveListener adds an HTTP server to g.
+func (c *Cache) serveListener(running context.Context, g *errgroup.Group, l net.Listener, h http.Handler) {
 	base, cancel := context.WithCancel(context.WithoutCancel(running))
 	srv := &http.Server{
-		Handler:           c,
+		Handler:           h,
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug),
 	}
 	g.Go(func() error {
-		err := srv.Serve(c.cfg.Listener)
+		err := srv.Serve(l)
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
-		return fmt.Errorf("serving %s: %w", c.cfg.Listener.Addr(), err)
+		return fmt.Errorf("serving %s: %w", l.Addr(), err)
 	})
 	g.Go(func() error {
 		defer cancel()

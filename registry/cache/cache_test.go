@@ -179,7 +179,7 @@ type node struct {
 // runs into them on a busy machine. What does is tested on a clock of its own.
 var patient = Timeouts{
 	Dial: 30 * time.Second, Headers: 30 * time.Second, Tag: 30 * time.Second, Stall: 30 * time.Second,
-	MinRate: 1, Unread: time.Minute, Retry: time.Second, Hedge: time.Minute,
+	MinRate: 1, Unread: time.Minute, Retry: time.Second, Peer: 30 * time.Second, Hedge: time.Minute,
 }
 
 func upstreams(urls ...string) map[string]Registry {

@@ -60,6 +60,9 @@ type Config struct {
 	// http.Handler by whoever made it.
 	Listener net.Listener
 
+	// Peer lets nodes take blobs from one another. nil: they do not.
+	Peer *PeerConfig
+
 	// Logger receives what an operator should know; no credential is ever
 	// logged. nil: slog.Default().
 	Logger *slog.Logger
@@ -141,6 +144,11 @@ type Timeouts struct {
 	// asked again. 0: 5 seconds.
 	Retry time.Duration
 
+	// Peer bounds the wait for another node to say whether it has a blob, and
+	// three times of it the wait for one that is receiving the blob itself: a
+	// lost node should not be noticed. 0: 300 milliseconds.
+	Peer time.Duration
+
 	// Hedge is the least time after which a request for a manifest, or a HEAD, is
 	// made a second time, to another endpoint where there is one, and the
 	// first answer taken. What an upstream usually takes is waited for in any
@@ -165,6 +173,7 @@ func (cfg Config) withDefaults() Config {
 	def(&t.Stall, 1500*time.Millisecond)
 	def(&t.Unread, 5*time.Minute)
 	def(&t.Retry, 5*time.Second)
+	def(&t.Peer, 300*time.Millisecond)
 	def(&t.Hedge, 100*time.Millisecond)
 	if t.MinRate == 0 {
 		t.MinRate = 4096
@@ -196,11 +205,15 @@ func (cfg Config) validate() error {
 		"Timeouts.MinRate": cfg.Timeouts.MinRate,
 		"Timeouts.Unread":  int64(cfg.Timeouts.Unread),
 		"Timeouts.Retry":   int64(cfg.Timeouts.Retry),
+		"Timeouts.Peer":    int64(cfg.Timeouts.Peer),
 		"Timeouts.Hedge":   int64(cfg.Timeouts.Hedge),
 	} {
 		if n < 0 {
 			return fmt.Errorf("cache: %s is negative: use 0 for its default", name)
 		}
+	}
+	if err := cfg.Peer.validate(); err != nil {
+		return err
 	}
 	return validateRegistries(cfg.Registries)
 }

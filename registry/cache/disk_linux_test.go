@@ -62,7 +62,7 @@ func TestWriteErrorMidway(t *testing.T) {
 		if f == nil {
 			return false
 		}
-		limit, _ := f.readable(0)
+		limit, _ := f.readable(0, false)
 		return limit >= 5<<20
 	})
 	makeReadOnly(t, n.disk.Load().store.partialPath(d))

@@ -16,6 +16,7 @@ type refusal struct {
 	message    string // for people; never a credential
 	upstream   bool   // the status is the upstream's own
 	challenges []string
+	referral   string // the peer to ask instead
 }
 
 func refuse(status int, cause, message string) *refusal {

@@ -103,7 +103,7 @@ func (f *fill) awaitStart(ctx context.Context, pos int64, patience time.Duration
 	defer cancel()
 	var failure error
 	err := f.await(ctx, func() bool {
-		if f.limit() > pos || f.state == verified || f.state == finished {
+		if f.limit(false) > pos || f.state == verified || f.state == finished {
 			return true
 		}
 		failure = f.err
@@ -117,13 +117,16 @@ func (f *fill) awaitStart(ctx context.Context, pos int64, patience time.Duration
 
 // limit returns how far the content may be read: all of it once it is
 // verified; before, a small or dubious body not at all and a larger one up to
-// its tail, so that no wrong body can ever be complete. f.mu is held.
-func (f *fill) limit() int64 {
+// its tail, so that no wrong body can ever be complete. Raw readers, which
+// verify for themselves, get what there is. f.mu is held.
+func (f *fill) limit(raw bool) int64 {
 	switch {
 	case f.state == verified, f.state == finished:
 		return f.size
 	case errors.Is(f.err, errBadContent):
 		return 0
+	case raw:
+		return f.written
 	default:
 		return max(0, min(f.written, f.size-f.holdBack()))
 	}
@@ -138,20 +141,20 @@ func (f *fill) holdBack() int64 {
 }
 
 // readable is awaitBytes without the wait.
-func (f *fill) readable(pos int64) (limit int64, ok bool) {
+func (f *fill) readable(pos int64, raw bool) (limit int64, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	limit = f.limit()
+	limit = f.limit(raw)
 	return limit, limit > pos
 }
 
 // awaitBytes blocks until there is something to read at pos, and returns up to
 // where. It returns the fill's error when nothing will come.
-func (f *fill) awaitBytes(ctx context.Context, pos int64) (int64, error) {
+func (f *fill) awaitBytes(ctx context.Context, pos int64, raw bool) (int64, error) {
 	var limit int64
 	var failure error
 	err := f.await(ctx, func() bool {
-		limit, failure = f.limit(), f.err
+		limit, failure = f.limit(raw), f.err
 		return limit > pos || f.state == failed
 	})
 	if err == nil && limit <= pos {
@@ -297,7 +300,9 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 	if err != nil {
 		return nil, nil, err
 	}
-	rq.confirm()
+	if src.used[0].peer == "" {
+		rq.confirm() // a peer's answer is not the registry's word
+	}
 	p, err := store.create(f.digest, src.size, from)
 	if err != nil {
 		src.close()

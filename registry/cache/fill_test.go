@@ -261,7 +261,7 @@ func TestRestartContinues(t *testing.T) {
 				if f = n.fills[d]; f == nil {
 					return false
 				}
-				limit, _ := f.readable(0)
+				limit, _ := f.readable(0, false)
 				return limit >= 17<<20
 			})
 			// A copy of the directory, taken now, is what a kill leaves.

@@ -36,7 +36,7 @@ func judge(up *upstream, resp *http.Response, q question) error {
 		return no
 	case status == http.StatusNotFound, status == http.StatusGone:
 		no := refuse(http.StatusNotFound, "not-found", "the registry does not have it")
-		no.upstream = true
+		no.upstream, no.referral = true, resp.Header.Get(peerHeader)
 		return no
 	case status == http.StatusRequestedRangeNotSatisfiable && q.ranges != "":
 		no := refuse(status, "range", "the range lies outside of the content")

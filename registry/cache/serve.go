@@ -41,6 +41,9 @@ var (
 	missHead      = outcome{cacheStatus("fwd=miss"), "miss", fromUpstream}
 )
 
+// toPeer is any answer to another node.
+var toPeer = outcome{cacheStatus("hit; detail=peer"), "peer", "peer"}
+
 func bypass(why string) outcome {
 	return outcome{cacheStatus("fwd=bypass; detail=" + why), "bypass", fromUpstream}
 }
@@ -389,16 +392,17 @@ func (c *Cache) fillFailed(w http.ResponseWriter, r *http.Request, rq *request, 
 // short of its Content-Length, so that the connection is closed and containerd
 // goes on where it stopped.
 func (c *Cache) follow(ctx context.Context, w http.ResponseWriter, f *fill, file io.Reader, s span, how outcome) {
+	raw := how.source == toPeer.source
 	flushed := false
 	for pos := s.start; pos < s.end; {
-		limit, ok := f.readable(pos)
+		limit, ok := f.readable(pos, raw)
 		if !ok {
 			if !flushed {
 				_ = http.NewResponseController(w).Flush() // let the client know that bytes will come
 				flushed = true
 			}
 			var err error
-			if limit, err = f.awaitBytes(ctx, pos); err != nil {
+			if limit, err = f.awaitBytes(ctx, pos, raw); err != nil {
 				c.log.Debug("a transfer to a client ends early", "digest", f.digest, "at", pos, "error", err)
 				return
 			}

@@ -25,6 +25,7 @@ type source struct {
 	breaks   int
 	failures int  // without a byte in between
 	stalled  bool // the last failure was a stall
+	peers    bool // have been asked
 	next     int  // upstream to ask next
 }
 
@@ -34,6 +35,9 @@ type source struct {
 func (s *source) connect(ctx context.Context) error {
 	q := s.rq.question(http.MethodGet)
 	q.from = s.offset
+	if done, err := s.connectPeer(ctx, q); done || err != nil {
+		return err
+	}
 	var err error
 	for range s.order {
 		var ans *answer
@@ -49,6 +53,28 @@ func (s *source) connect(ctx context.Context) error {
 		ans.close()
 	}
 	return err
+}
+
+// connectPeer asks other nodes, once, if the registry lets this client have the
+// blob.
+func (s *source) connectPeer(ctx context.Context, q question) (done bool, err error) {
+	p := s.cache.peers
+	if p == nil || s.peers || len(p.bookkeepers(s.rq.digest)) == 0 {
+		return false, nil
+	}
+	s.peers = true
+	if _, err := s.cache.permit(ctx, s.rq); err != nil {
+		return false, err
+	}
+	ans := p.fetch(ctx, q, s.rq.digest)
+	if ans == nil {
+		return false, nil
+	}
+	if s.take(ans) != nil {
+		ans.close()
+		return false, nil
+	}
+	return true, nil
 }
 
 // take makes ans the source of the next bytes, if it begins or can be made to
@@ -133,6 +159,9 @@ func (s *source) broke(ctx context.Context, err error) error {
 	s.failures++
 	s.breaks++
 	n := len(s.order)
+	if up.peer != "" {
+		return nil // the registry has not been asked yet
+	}
 	if s.breaks > maxBreaks || s.failures > n+1 || stalled && (s.stalled || n == 1) {
 		return &unavailable{cause, fmt.Errorf("%s: %w", up.name, err)}
 	}

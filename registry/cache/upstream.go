@@ -44,6 +44,7 @@ type upstream struct {
 	group     int    // those of one registry with the same group have the same content
 	namespace string
 	anonymous bool
+	peer      string // this node's name, if the upstream is another node
 	transport *http.Transport
 	client    *http.Client
 	health    health
