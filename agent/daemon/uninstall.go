@@ -54,10 +54,15 @@ func Uninstall(ctx context.Context, cfg UninstallConfig) (silent []string, err e
 	if err != nil {
 		return nil, err
 	}
-	if err := c.annotate(ctx, true); err != nil {
+	created, err := c.annotate(ctx, true)
+	if err != nil {
 		return nil, err
 	}
+	if created {
+		defer func() { err = errors.Join(err, c.deleteControl(ctx)) }()
+	}
 	deadline := time.Now().Add(cfg.Timeout)
+	last := -1
 	for {
 		leases, ready, err := c.agents(ctx)
 		if err != nil && (ctx.Err() != nil || time.Now().After(deadline)) {
@@ -70,7 +75,10 @@ func Uninstall(ctx context.Context, cfg UninstallConfig) (silent []string, err e
 				slices.Sort(silent)
 				return silent, c.deleteLeases(ctx, leases)
 			}
-			cfg.Logger.Info("waiting for nodes to be put back", "nodes", len(awaited), "first", awaited[0])
+			if len(awaited) != last {
+				last = len(awaited)
+				cfg.Logger.Info("waiting for nodes to be put back", "nodes", last, "first", awaited[0])
+			}
 		}
 		if !sleep(ctx, askInterval) {
 			return nil, context.Cause(ctx)
@@ -84,7 +92,8 @@ func CancelUninstall(ctx context.Context, cfg UninstallConfig) error {
 	if err != nil {
 		return err
 	}
-	return c.annotate(ctx, false)
+	_, err = c.annotate(ctx, false)
+	return err
 }
 
 // DeleteLease deletes the Lease of one node's agent.
@@ -98,15 +107,15 @@ func DeleteLease(ctx context.Context, api *rest.Config, namespace, node string) 
 
 // annotate tells the agents by the Secret that every one of them watches. Where
 // there is none, since the registry's certificate needs no CA of ours, an empty
-// one is made.
-func (c *client) annotate(ctx context.Context, leave bool) error {
+// one is created.
+func (c *client) annotate(ctx context.Context, leave bool) (created bool, err error) {
 	var value any
 	if leave {
 		value = "true"
 	}
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{AnnotationUninstall: value}}})
 	if err != nil {
-		return err
+		return false, err
 	}
 	err = c.core.Patch(types.MergePatchType).Namespace(c.namespace).Resource("secrets").Name(ControlSecret).Body(patch).Do(ctx).Error()
 	if apierrors.IsNotFound(err) && leave {
@@ -116,9 +125,18 @@ func (c *client) annotate(ctx context.Context, leave bool) error {
 			Annotations: map[string]string{AnnotationUninstall: "true"},
 		}}
 		err = c.core.Post().Namespace(c.namespace).Resource("secrets").Body(secret).Do(ctx).Error()
+		created = err == nil
 	}
 	if err != nil {
-		return fmt.Errorf("annotating Secret %s/%s: %w", c.namespace, ControlSecret, err)
+		return false, fmt.Errorf("annotating Secret %s/%s: %w", c.namespace, ControlSecret, err)
+	}
+	return created, nil
+}
+
+// deleteControl: an agent that has left does not come back because of it.
+func (c *client) deleteControl(ctx context.Context) error {
+	if err := c.core.Delete().Namespace(c.namespace).Resource("secrets").Name(ControlSecret).Do(ctx).Error(); err != nil {
+		return fmt.Errorf("deleting Secret %s/%s: %w", c.namespace, ControlSecret, err)
 	}
 	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -151,7 +150,10 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 		mux.HandleFunc("GET /healthz", d.Healthz)
 		mux.HandleFunc("GET /readyz", d.Readyz)
 		mux.Handle("GET /metrics", promhttp.HandlerFor(gatherers, promhttp.HandlerOpts{}))
-		g.Go(func() error { return serveHealth(running, f.healthListen, mux) })
+		g.Go(func() error {
+			serveHealth(running, f.healthListen, mux, log)
+			return nil
+		})
 	}
 	g.Go(func() error { return d.Run(running) })
 	if err := g.Wait(); err != nil {
@@ -163,19 +165,24 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	return nil
 }
 
-func serveHealth(ctx context.Context, addr string, handler http.Handler) error {
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", addr)
-	if err != nil {
-		return fmt.Errorf("taking the address for --health-listen: %w: stop what uses it or give another address", err)
-	}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second}
+// serveHealth serves until ctx ends. While it cannot, the node is looked after
+// all the same.
+func serveHealth(ctx context.Context, addr string, handler http.Handler, log *slog.Logger) {
+	server := &http.Server{Addr: addr, Handler: handler, ReadHeaderTimeout: 5 * time.Second}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving %s: %w", addr, err)
+	for {
+		err := server.ListenAndServe()
+		if errors.Is(err, http.ErrServerClosed) {
+			return
+		}
+		log.Error("probes and metrics cannot be served, which is tried again: stop what uses the address, or give another with --health-listen", "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(5 * time.Second):
+		}
 	}
-	return nil
 }
 
 // kubeconfig is how the API server is reached: as a pod, or by $KUBECONFIG.
