@@ -168,6 +168,11 @@ func (n *Notification) validate(p *field.Path) field.ErrorList {
 	if len(n.Events) == 0 {
 		errs = append(errs, required(p.Child("events"), `say what of, for example "team/*:push"`))
 	}
+	for i, pattern := range n.Events {
+		if _, err := ParseEventPattern(pattern); err != nil {
+			errs = append(errs, invalid(p.Child("events").Index(i), pattern, err.Error()))
+		}
+	}
 	// Quoted nowhere: such URLs carry keys.
 	u, err := url.Parse(n.URL)
 	if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
