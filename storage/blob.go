@@ -57,6 +57,9 @@ func (s *Store) OpenBlob(ctx context.Context, d digest.Digest) (*os.File, fs.Fil
 	path := s.path(blobPath(d))
 	for {
 		f, err := os.Open(path)
+		if errors.Is(err, fs.ErrNotExist) && s.rescue(blobPath(d)) {
+			f, err = os.Open(path)
+		}
 		if err != nil {
 			return nil, nil, err
 		}
@@ -192,6 +195,7 @@ func (s *Store) quarantine(d digest.Digest, path string, f *os.File) error {
 		return gone
 	}
 	s.quarantined.Add(1)
+	s.damaged(d)
 	s.log.Error("corrupt blob set aside; it is no longer served and has to be fetched or pushed again",
 		"digest", d, "bytes", bad.Size(), "quarantine", aside)
 	return gone

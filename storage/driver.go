@@ -45,6 +45,9 @@ func (d *driver) Stat(ctx context.Context, path string) (storagedriver.FileInfo,
 func (d *driver) GetContent(ctx context.Context, path string) ([]byte, error) {
 	dgst, ok := parseBlobPath(path)
 	if !ok {
+		if dgst, ok := isLink(path); ok {
+			_, _ = d.store.follow(path, dgst) // whoever reads a link relies on it
+		}
 		return d.StorageDriver.GetContent(ctx, path)
 	}
 	f, _, err := d.store.OpenBlob(ctx, dgst)
@@ -92,7 +95,32 @@ func (d *driver) PutContent(ctx context.Context, path string, content []byte) er
 			return err
 		}
 	}
+	if r, ok := d.store.parseTagPath(path); ok {
+		r.releaseTag(path)
+	}
+	if _, ok := isLink(path); ok {
+		return d.putLink(ctx, path, content)
+	}
 	return d.putFile(ctx, path, content)
+}
+
+// putLink makes a repository hold a layer or a manifest.
+func (d *driver) putLink(ctx context.Context, path string, content []byte) error {
+	_, before := os.Lstat(d.store.path(path))
+	if err := d.putFile(ctx, path, content); err != nil {
+		return err
+	}
+	size, err := d.store.require(digest.Digest(content))
+	if before != nil {
+		d.store.usage.add(repositoryOf(path), size)
+	}
+	return err
+}
+
+// repositoryOf is the name of the repository that a driver path is about.
+func repositoryOf(path string) string {
+	name, _, _ := strings.Cut(strings.TrimPrefix(path, repositoriesRoot), "/_")
+	return name
 }
 
 func (d *driver) putBlob(ctx context.Context, path string, dgst digest.Digest, content []byte) error {
@@ -103,6 +131,7 @@ func (d *driver) putBlob(ctx context.Context, path string, dgst digest.Digest, c
 		return err
 	}
 	d.seal(path, dgst)
+	d.store.usage.add("", int64(len(content)))
 	return nil
 }
 
@@ -128,6 +157,11 @@ func (d *driver) Move(ctx context.Context, source, dest string) error {
 	if err != nil {
 		return err
 	}
+	if _, ok := parseBlobPath(dest); ok {
+		if _, size, err := statFile(d.store.path(dest)); err == nil {
+			d.store.usage.add("", size)
+		}
+	}
 	return syncDir(filepath.Dir(d.store.path(dest)))
 }
 
@@ -138,14 +172,14 @@ func (d *driver) Delete(ctx context.Context, path string) error {
 		return storagedriver.InvalidPathError{Path: path, DriverName: d.Name()}
 	}
 	target := d.store.path(path)
-	trash, err := os.MkdirTemp(filepath.Join(d.store.root, trashDir), "")
+	if r, ok := d.store.parseTagPath(path + "/current/link"); ok {
+		r.releaseTag(path + "/current/link")
+	}
+	trash, err := d.store.take(target)
 	if err != nil {
 		return d.error(path, err)
 	}
 	defer os.RemoveAll(trash)
-	if err := os.Rename(target, filepath.Join(trash, "deleted")); err != nil {
-		return d.error(path, err)
-	}
 	if r, dgst, ok := d.store.parseRevisionPath(path); ok {
 		if manifest, err := d.store.readManifest(ctx, dgst); err == nil {
 			r.forgetReferrer(dgst, manifest)

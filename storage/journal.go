@@ -88,6 +88,7 @@ type Entry struct {
 type Journal struct {
 	store *Store
 	dir   string
+	limit int // maxJournal, but for tests
 
 	mu   sync.Mutex
 	last int64 // nanoseconds of the latest entry written here; guarded by mu
@@ -95,7 +96,7 @@ type Journal struct {
 }
 
 func newJournal(s *Store) *Journal {
-	return &Journal{store: s, dir: filepath.Join(s.root, journalDir)}
+	return &Journal{store: s, dir: filepath.Join(s.root, journalDir), limit: maxJournal}
 }
 
 // Journal is the journal of the clients' changes.
@@ -153,10 +154,10 @@ func (j *Journal) reserve() (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if len(names) >= maxJournal {
+		if len(names) >= j.limit {
 			return "", fmt.Errorf("%w: %d; see that the parent can be reached and takes pushes", ErrJournalFull, len(names))
 		}
-		j.room = min(journalRecount, maxJournal-len(names))
+		j.room = min(journalRecount, j.limit-len(names))
 	}
 	j.room--
 	j.last = max(time.Now().UnixNano(), j.last+1)

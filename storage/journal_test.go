@@ -129,17 +129,18 @@ func TestJournalOutlivesBeingTakenForDead(t *testing.T) {
 
 func TestJournalIsBounded(t *testing.T) {
 	s := open(t, t.TempDir())
-	for i := range maxJournal {
-		f, err := os.Create(filepath.Join(s.journal.dir, fmt.Sprintf("%020d-%012x.json", i, i)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		f.Close()
+	s.journal.limit = 3
+	for i := range 3 {
+		record(t, s, fmt.Sprint(i))
 	}
 	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
 	if !errors.Is(err, ErrJournalFull) {
 		t.Errorf("error %v", err)
 	}
+	if err := s.Journal().Done(entries(t, s, 1)[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	record(t, s, "again")
 }
 
 func TestJournalThatCannotBeWrittenRefuses(t *testing.T) {

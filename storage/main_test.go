@@ -9,8 +9,9 @@ import (
 
 // crashJobs are what the test binary does until it is killed.
 var crashJobs = map[string]func(root string){
-	"":       pushUntilKilled,
-	"record": recordUntilKilled,
+	"":        pushUntilKilled,
+	"record":  recordUntilKilled,
+	"collect": collectUntilKilled,
 }
 
 func TestMain(m *testing.M) {

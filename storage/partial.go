@@ -88,8 +88,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // OpenPartial opens the content of d, of size bytes, for writing in chunks of the
 // given size, or of the size that it was begun with. It reads, and compares with
-// their checksums, the bytes that are there from before. The caller closes it, by
-// Commit, Discard or Close.
+// their checksums, the bytes that are there from before. The caller closes it.
 //
 // Errors: ErrBusy, and what the file system reported.
 func (s *Store) OpenPartial(d digest.Digest, size, chunk int64) (*Partial, error) {
@@ -337,13 +336,13 @@ func (p *Partial) await(at int64) (end int64) {
 }
 
 // Commit verifies the content against its digest, seals it and puts it where it
-// belongs, durably. It closes the Partial, whose bytes stay unless it succeeds.
+// belongs, durably; then it closes the Partial. After an error that is still
+// open, for Discard or Close.
 //
 // Errors: one that wraps ErrCorrupt when it is not the content of the digest,
 // io.ErrUnexpectedEOF when some is missing; the cause of ctx; what the file system
 // reported.
 func (p *Partial) Commit(ctx context.Context) error {
-	defer p.Close()
 	if p.Present() < p.size {
 		return fmt.Errorf("content %s: %w", p.digest, io.ErrUnexpectedEOF)
 	}
@@ -372,7 +371,7 @@ func (p *Partial) Commit(ctx context.Context) error {
 		return err
 	}
 	os.Remove(p.state.Name()) // without its data it says nothing
-	return nil
+	return p.Close()
 }
 
 // Discard closes the Partial and throws away what is there of it.

@@ -194,6 +194,9 @@ func TestPartialRefuses(t *testing.T) {
 	if err := p.Commit(t.Context()); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("committed in part: %v", err)
 	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
 
 	p = openPartial(t, s, d, 5000, 1000)
 	if err := p.Write(4, make([]byte, 1000)); err != nil {
@@ -204,6 +207,9 @@ func TestPartialRefuses(t *testing.T) {
 	}
 	if _, _, err := s.OpenBlob(t.Context(), d); err == nil {
 		t.Error("wrong bytes are served")
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
 	}
 	if freed, err := s.RemovePartials(); err != nil || freed != 5000 {
 		t.Errorf("%d bytes freed, %v", freed, err)

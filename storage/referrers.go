@@ -45,9 +45,8 @@ func (r Repository) Referrers(subject, last digest.Digest) iter.Seq2[v1.Descript
 			return
 		}
 		for _, e := range entries {
-			alg, hex, _ := strings.Cut(e.Name(), "-")
-			d := digest.Digest(alg + ":" + hex)
-			if d <= last || d.Validate() != nil {
+			d, ok := parseEntryDigest(e.Name())
+			if d <= last || !ok {
 				continue
 			}
 			desc, err := r.referrer(dir, d)
@@ -83,6 +82,13 @@ func (r Repository) referrersDir(subject digest.Digest) string {
 }
 
 func entryName(d digest.Digest) string { return d.Algorithm().String() + "-" + d.Encoded() }
+
+// parseEntryDigest is the inverse of entryName.
+func parseEntryDigest(name string) (d digest.Digest, ok bool) {
+	alg, hex, _ := strings.Cut(name, "-")
+	d = digest.Digest(alg + ":" + hex)
+	return d, d.Validate() == nil
+}
 
 // indexReferrer makes the manifest d a referrer of its subject, if it has one.
 func (r Repository) indexReferrer(ctx context.Context, d digest.Digest, content []byte) error {

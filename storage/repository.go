@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"iter"
 	"os"
@@ -15,6 +14,7 @@ import (
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // ErrName is wrapped by the error for a repository name or tag outside the
@@ -103,7 +103,7 @@ func (r Repository) open(ctx context.Context, links string, d digest.Digest) (*o
 	if err := d.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("digest %q: %w", d, err)
 	}
-	target, err := r.store.readLink(linkPath(links, d))
+	target, err := r.store.follow(linkPath(links, d), d)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -124,22 +124,18 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 			return fmt.Errorf("tag %q: %w", tag, ErrName)
 		}
 	}
-	drv := r.store.driver
-	if _, err := drv.Stat(ctx, blobPath(d)); err != nil {
-		if err := drv.PutContent(ctx, blobPath(d), content); err != nil {
-			return err
-		}
-	} else if d.Algorithm().FromBytes(content) != d {
+	if d.Algorithm().FromBytes(content) != d {
 		return fmt.Errorf("storing manifest: %w: expected %s", ErrCorrupt, d)
 	}
-	// Even if it is linked already: content from before referrers were indexed
-	// becomes one by being pushed again.
-	if err := r.indexReferrer(ctx, d, content); err != nil {
-		return err
-	}
 	revision := linkPath(r.path+"/_manifests/revisions/", d)
-	if err := r.link(ctx, revision, d); err != nil {
-		return err
+	for attempt := 1; ; attempt++ {
+		err := r.putRevision(ctx, revision, d, content)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) || attempt == 10 {
+			return err // and else the blob was collected before it was linked to
+		}
 	}
 	for _, tag := range tags {
 		// The index remembers every manifest that the tag has named.
@@ -153,6 +149,30 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 	// Should the manifest have been deleted in between: a deletion removes this
 	// link first and looks for tags after, so that one of the two puts it right.
 	return r.link(ctx, revision, d)
+}
+
+// putRevision stores a manifest and makes it part of the repository.
+func (r Repository) putRevision(ctx context.Context, revision string, d digest.Digest, content []byte) error {
+	drv := r.store.driver
+	if _, err := drv.Stat(ctx, blobPath(d)); err != nil {
+		if err := drv.PutContent(ctx, blobPath(d), content); err != nil {
+			return err
+		}
+	}
+	// Even if it is linked already: content from before referrers were indexed
+	// becomes one by being pushed again.
+	if err := r.indexReferrer(ctx, d, content); err != nil {
+		return err
+	}
+	return r.link(ctx, revision, d)
+}
+
+// UseManifest tells the collector that the manifest d, which need not be there,
+// is about to be relied on. [Repository.OpenManifest] does so, too.
+func (r Repository) UseManifest(d digest.Digest) {
+	if d.Validate() == nil {
+		_, _ = r.store.follow(linkPath(r.path+"/_manifests/revisions/", d), d)
+	}
 }
 
 // LinkLayer makes the blob d, which must be stored, part of the repository. The
@@ -172,7 +192,7 @@ func (r Repository) MountLayer(ctx context.Context, from Repository, d digest.Di
 	if err := d.Validate(); err != nil {
 		return fmt.Errorf("digest %q: %w", d, err)
 	}
-	target, err := r.store.readLink(linkPath(from.path+"/_layers/", d))
+	target, err := r.store.follow(linkPath(from.path+"/_layers/", d), d)
 	if err != nil {
 		return err
 	}
@@ -258,7 +278,12 @@ func (r Repository) tagLink(tag string) string {
 
 // link writes a link file unless it is there already.
 func (r Repository) link(ctx context.Context, path string, target digest.Digest) error {
-	if now, err := r.store.readLink(path); err == nil && now == target {
+	if d, ok := isLink(path); ok {
+		if now, err := r.store.follow(path, d); err == nil && now == target {
+			_, err := r.store.require(target)
+			return err
+		}
+	} else if now, err := r.store.readLink(path); err == nil && now == target {
 		return nil
 	}
 	return r.store.driver.PutContent(ctx, path, []byte(target))
@@ -269,7 +294,7 @@ func (r Repository) unlink(ctx context.Context, links string, d digest.Digest) e
 		return fmt.Errorf("digest %q: %w", d, err)
 	}
 	link := linkPath(links, d)
-	if _, err := r.store.readLink(link); err != nil {
+	if _, err := r.store.follow(link, d); err != nil {
 		return err
 	}
 	return r.delete(ctx, path.Dir(link))
@@ -295,22 +320,37 @@ func linkPath(links string, d digest.Digest) string {
 // after a power failure on a file system that does not order writes, is as good
 // as absent.
 func (s *Store) readLink(driverPath string) (digest.Digest, error) {
-	file := s.path(driverPath)
-	f, err := os.Open(file)
+	return readLinkFile(s.path(driverPath))
+}
+
+// readLinkFile does without os.File, which would have the poller look after a
+// file of a few bytes.
+func readLinkFile(file string) (digest.Digest, error) {
+	fd, err := retried(func() (int, error) { return unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
 	if err != nil {
-		return "", err
+		return "", &fs.PathError{Op: "open", Path: file, Err: err}
 	}
-	defer f.Close()
+	defer unix.Close(fd)
 	var buf [256]byte // the longest digest, sha512, has 135
-	n, err := f.Read(buf[:])
-	if err != nil && !errors.Is(err, io.EOF) {
-		return "", err
+	n, err := retried(func() (int, error) { return unix.Read(fd, buf[:]) })
+	if err != nil {
+		return "", &fs.PathError{Op: "read", Path: file, Err: err}
 	}
 	d := digest.Digest(buf[:n])
 	if n == 0 || d.Validate() != nil {
 		return "", &fs.PathError{Op: "readlink", Path: file, Err: fs.ErrNotExist}
 	}
 	return d, nil
+}
+
+// retried makes a system call again that a signal interrupted.
+func retried(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if err != unix.EINTR { //nolint:errorlint // an errno as it comes
+			return n, err
+		}
+	}
 }
 
 // Repositories yields the names of the repositories that hold or have held a

@@ -83,7 +83,7 @@ func Seal(f *os.File, d digest.Digest) error {
 // file that is right but cannot be sealed (it belongs to another user, or the
 // file system is read-only) is not an error: it is hashed again next time.
 func Verify(ctx context.Context, f *os.File, d digest.Digest) error {
-	if err := hashFile(ctx, f, d); err != nil {
+	if err := hashFile(ctx, f, d, nil); err != nil {
 		return err
 	}
 	if err := Seal(f, d); err != nil && !errors.Is(err, fs.ErrPermission) && !readOnlyFS(err) {
@@ -116,8 +116,8 @@ func OpenVerified(ctx context.Context, path string, d digest.Digest) (*os.File, 
 
 // hashFile compares the content of f with d. The times and size before and
 // after must agree, so that a write which lands behind the hash cannot be
-// hidden by the seal that follows.
-func hashFile(ctx context.Context, f *os.File, d digest.Digest) error {
+// hidden by the seal that follows. pace is told of what has been read; nil: nobody.
+func hashFile(ctx context.Context, f *os.File, d digest.Digest, pace func(n int)) error {
 	if err := d.Validate(); err != nil {
 		return fmt.Errorf("verifying %s: digest %q: %w", f.Name(), d, err)
 	}
@@ -130,7 +130,7 @@ func hashFile(ctx context.Context, f *os.File, d digest.Digest) error {
 	}
 	v := d.Verifier()
 	content := io.NewSectionReader(f, 0, 1<<63-1)
-	if _, err := io.CopyBuffer(v, &contextReader{ctx, content}, make([]byte, 256<<10)); err != nil {
+	if _, err := io.CopyBuffer(v, &contextReader{ctx, content, pace}, make([]byte, 256<<10)); err != nil {
 		return fmt.Errorf("verifying %s: %w", f.Name(), err)
 	}
 	if !v.Verified() {
@@ -150,13 +150,18 @@ func hashFile(ctx context.Context, f *os.File, d digest.Digest) error {
 // contextReader ends a long read when its context does. It lives for one call
 // of hashFile.
 type contextReader struct {
-	ctx context.Context
-	r   io.Reader
+	ctx  context.Context
+	r    io.Reader
+	pace func(n int)
 }
 
 func (c *contextReader) Read(p []byte) (int, error) {
 	if c.ctx.Err() != nil {
 		return 0, context.Cause(c.ctx)
 	}
-	return c.r.Read(p)
+	n, err := c.r.Read(p)
+	if c.pace != nil {
+		c.pace(n)
+	}
+	return n, err
 }

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/distribution/distribution/v3"
 	dstorage "github.com/distribution/distribution/v3/registry/storage"
@@ -41,6 +42,9 @@ var layoutDirs = []string{
 	quarantineDir,
 	partialDir,
 	journalDir,
+	limboDir,
+	usageDir,
+	damagedDir,
 	trashDir,
 }
 
@@ -69,11 +73,14 @@ type Store struct {
 	driver    *driver
 	namespace distribution.Namespace
 	journal   *Journal
+	usage     *ledger
 
 	// quit ends the hashing that goes on behind requests; running counts it.
 	quit    chan struct{}
 	running sync.WaitGroup
 	closed  sync.Once
+	// renewAfter is renewTime, but for tests.
+	renewAfter time.Duration
 	// hashing bounds how many files are hashed at a time: after a restore
 	// without times, everything is unsealed at once.
 	hashing chan struct{}
@@ -102,16 +109,17 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	muteLogrus()
 	s := &Store{
-		root:    root,
-		log:     cfg.Logger,
-		quit:    make(chan struct{}),
-		hashing: make(chan struct{}, runtime.GOMAXPROCS(0)),
-		pending: make(map[digest.Digest]*verification),
+		root:       root,
+		log:        cfg.Logger,
+		quit:       make(chan struct{}),
+		renewAfter: renewTime,
+		hashing:    make(chan struct{}, runtime.GOMAXPROCS(0)),
+		pending:    make(map[digest.Digest]*verification),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.journal = newJournal(s)
+	s.journal, s.usage = newJournal(s), newLedger(s)
 	s.driver = &driver{
 		StorageDriver: filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
 		store:         s,
@@ -185,6 +193,7 @@ func (s *Store) Close() error {
 		close(s.quit)
 	})
 	s.running.Wait()
+	s.usage.close()
 	return nil
 }
 

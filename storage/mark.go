@@ -1,0 +1,287 @@
+package storage
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// link is one by which a repository holds a layer or a manifest.
+type link struct {
+	name   digest.Digest
+	dir    string // driver path of the directory that holds it
+	target digest.Digest
+	used   time.Time
+	// condemned is when it went to limbo; the zero time when it is in the tree.
+	condemned time.Time
+}
+
+// contents is what a repository holds, in the tree and in limbo.
+type contents struct {
+	repo      Repository
+	tags      map[string]digest.Digest
+	revisions []link
+	layers    []link
+}
+
+// contents reads what a repository holds. Tags come first: a manifest that is
+// tagged behind its back has been used, and its link tells.
+func (s *Store) contents(r Repository) (contents, error) {
+	c := contents{repo: r, tags: make(map[string]digest.Digest)}
+	names, _, err := r.Tags("", -1)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return c, err
+	}
+	for _, tag := range names {
+		d, err := r.Tag(tag)
+		if err == nil {
+			c.tags[tag] = d
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return c, err
+		}
+	}
+	if c.revisions, err = s.links(r.path + "/_manifests/revisions"); err != nil {
+		return c, err
+	}
+	c.layers, err = s.links(r.path + "/_layers")
+	return c, err
+}
+
+// links reads a directory of links, and what of it is in limbo.
+func (s *Store) links(dir string) ([]link, error) {
+	var links []link
+	for _, limbo := range []bool{true, false} { // what comes back meanwhile is seen twice rather than never
+		root := s.path(dir)
+		if limbo {
+			root = s.limboPath(dir)
+		}
+		err := eachDir(root, func(alg string) error {
+			return eachDir(root+"/"+alg, func(hex string) error {
+				d := digest.Digest(alg + ":" + hex)
+				if d.Validate() != nil {
+					return nil
+				}
+				l := link{name: d, dir: dir + "/" + alg + "/" + hex}
+				var err error
+				file := root + "/" + alg + "/" + hex
+				l.used, l.target, err = s.look(file+"/link", d)
+				if errors.Is(err, fs.ErrNotExist) {
+					return removeTemporary(file)
+				}
+				if limbo && err == nil {
+					l.condemned, _, err = statFile(file)
+				}
+				links = append(links, l)
+				return ignoreAbsent(err)
+			})
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return links, nil
+}
+
+// eachDir calls visit with the name of each directory in dir, which need not
+// exist.
+func eachDir(dir string, visit func(name string) error) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		if err := visit(e.Name()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// references are the digests that a manifest names, of whatever kind it is, and
+// its subject. A kind that is not known must not cost what it refers to, so
+// every field that any of them has counts.
+func references(content []byte) (refs []digest.Digest, subject digest.Digest, err error) {
+	type descriptor struct {
+		Digest digest.Digest `json:"digest"`
+	}
+	var m struct {
+		Config    *descriptor  `json:"config"`
+		Subject   *descriptor  `json:"subject"`
+		Layers    []descriptor `json:"layers"`
+		Blobs     []descriptor `json:"blobs"`
+		Manifests []descriptor `json:"manifests"`
+		FSLayers  []struct {
+			BlobSum digest.Digest `json:"blobSum"`
+		} `json:"fsLayers"`
+	}
+	if err := json.Unmarshal(content, &m); err != nil {
+		return nil, "", err
+	}
+	for _, one := range []*descriptor{m.Config, m.Subject} {
+		if one != nil {
+			refs = append(refs, one.Digest)
+		}
+	}
+	for _, list := range [][]descriptor{m.Layers, m.Blobs, m.Manifests} {
+		for _, d := range list {
+			refs = append(refs, d.Digest)
+		}
+	}
+	for _, l := range m.FSLayers {
+		refs = append(refs, l.BlobSum)
+	}
+	if m.Subject != nil {
+		subject = m.Subject.Digest
+	}
+	return refs, subject, nil
+}
+
+// mark returns what of a repository is to be kept: what tags name and what has
+// been used since cutoff, all that this refers to, and all that refers to it as
+// its subject, again and again. The error says which manifest kept it from
+// knowing; nothing of the repository may be collected then.
+func (s *Store) mark(ctx context.Context, c contents, cutoff time.Time) (map[digest.Digest]bool, error) {
+	m := marker{
+		store:      s,
+		kept:       make(map[digest.Digest]bool),
+		revisions:  make(map[digest.Digest]digest.Digest),
+		refs:       make(map[digest.Digest][]digest.Digest),
+		referrers:  make(map[digest.Digest][]digest.Digest),
+		unreadable: make(map[digest.Digest]error),
+	}
+	for _, l := range c.revisions {
+		m.revisions[l.name] = l.target
+	}
+	for name := range m.revisions {
+		if err := m.read(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range c.tags {
+		if _, ok := m.revisions[d]; ok {
+			continue
+		}
+		// What a crash left of a deletion, or damage: if the manifest can still
+		// be read it counts, and if not it does not stop anything.
+		m.revisions[d] = d
+		if err := m.read(ctx, d); err != nil {
+			return nil, err
+		}
+		delete(m.unreadable, d)
+	}
+	for _, d := range c.tags {
+		m.keep(d)
+	}
+	for _, l := range c.revisions {
+		if l.used.After(cutoff) {
+			m.keep(l.name)
+		}
+	}
+	for _, l := range c.layers {
+		if l.used.After(cutoff) {
+			m.kept[l.name] = true
+		}
+	}
+	for d := range m.kept {
+		if err, damaged := m.unreadable[d]; damaged {
+			return nil, fmt.Errorf("manifest %s: %w", d, err)
+		}
+	}
+	return m.kept, nil
+}
+
+// marker is the state of one marking.
+type marker struct {
+	store      *Store
+	kept       map[digest.Digest]bool
+	revisions  map[digest.Digest]digest.Digest   // manifests of the repository, and their blobs
+	refs       map[digest.Digest][]digest.Digest // of each manifest
+	referrers  map[digest.Digest][]digest.Digest // of each subject
+	unreadable map[digest.Digest]error
+}
+
+// read finds out what a manifest refers to. What cannot be read is an error only
+// if it turns out to be kept.
+func (m *marker) read(ctx context.Context, d digest.Digest) error {
+	content, err := m.store.peek(ctx, m.revisions[d])
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var subject digest.Digest
+	if err == nil {
+		m.refs[d], subject, err = references(content)
+	}
+	if err != nil {
+		m.unreadable[d] = err
+		return nil
+	}
+	if subject != "" {
+		m.referrers[subject] = append(m.referrers[subject], d)
+	}
+	return nil
+}
+
+// keep marks d and everything that hangs on it.
+func (m *marker) keep(d digest.Digest) {
+	todo := []digest.Digest{d}
+	for len(todo) > 0 {
+		d, todo = todo[len(todo)-1], todo[:len(todo)-1]
+		if m.kept[d] {
+			continue
+		}
+		m.kept[d] = true
+		todo = append(append(todo, m.refs[d]...), m.referrers[d]...)
+	}
+}
+
+// peek reads a manifest wherever it is, without bringing it back from limbo.
+func (s *Store) peek(ctx context.Context, d digest.Digest) ([]byte, error) {
+	tree, limbo := s.path(blobPath(d)), s.limboPath(blobPath(d))
+	f, fi, err := OpenVerified(ctx, tree, d)
+	for _, next := range []string{limbo, tree} { // where it may have gone meanwhile
+		if errors.Is(err, fs.ErrNotExist) {
+			f, fi, err = OpenVerified(ctx, next, d)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if fi.Size() > maxManifest {
+		return nil, fmt.Errorf("it has %d bytes, more than any manifest", fi.Size())
+	}
+	return io.ReadAll(f)
+}
+
+// allRepositories returns the name of every repository of which there is
+// anything, in the tree or in limbo.
+func (s *Store) allRepositories() (map[string]bool, error) {
+	names := make(map[string]bool)
+	var walk func(root, name string) error
+	walk = func(root, name string) error {
+		return eachDir(root+name, func(entry string) error {
+			if strings.HasPrefix(entry, "_") {
+				names[name] = ValidName(name)
+				return nil
+			}
+			return walk(root, strings.TrimPrefix(name+"/"+entry, "/"))
+		})
+	}
+	for _, root := range []string{s.limboPath(repositoriesRoot), s.path(repositoriesRoot)} {
+		if err := walk(root+"/", ""); err != nil {
+			return nil, err
+		}
+	}
+	return names, nil
+}

@@ -1,0 +1,39 @@
+package storage
+
+import (
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// statFile returns when a file was last written to, and its size in bytes. It
+// costs one system call and no more.
+func statFile(path string) (modified time.Time, size int64, err error) {
+	var st unix.Stat_t
+	for {
+		err = unix.Stat(path, &st)
+		if err == nil {
+			return time.Unix(st.Mtim.Unix()), st.Size, nil
+		}
+		if err != unix.EINTR { //nolint:errorlint // an errno as it comes
+			return time.Time{}, 0, &fs.PathError{Op: "stat", Path: path, Err: err}
+		}
+	}
+}
+
+// changed is when anything about a file last changed, its name included.
+func changed(fi fs.FileInfo) time.Time {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return time.Unix(st.Ctim.Unix())
+	}
+	return fi.ModTime()
+}
+
+// dropCache has the next read of a file come from the medium, and not from what
+// the kernel remembers of it.
+func dropCache(f *os.File) {
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // advice
+}
