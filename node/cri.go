@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -23,7 +24,8 @@ type Runtime struct {
 // first question. Close it.
 func Connect(socket string) (*Runtime, error) {
 	conn, err := grpc.NewClient("passthrough:///unix:"+socket,
-		grpc.WithContextDialer(dialUnix(socket)), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		grpc.WithContextDialer(dialUnix(socket)), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second}}))
 	if err != nil {
 		return nil, fmt.Errorf("runtime socket %s: %w", socket, err)
 	}
@@ -63,7 +65,8 @@ func (r *Runtime) Answers(ctx context.Context) error {
 func (r *Runtime) listImages(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	_, err := cri.NewImageServiceClient(r.conn).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
+	none := &cri.ImageFilter{Image: &cri.ImageSpec{Image: "connected-registry.invalid/none"}}
+	_, err := cri.NewImageServiceClient(r.conn).ListImages(ctx, &cri.ListImagesRequest{Filter: none})
 	return err
 }
 
