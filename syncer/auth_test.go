@@ -179,7 +179,7 @@ func TestSyncRenewsTokens(t *testing.T) {
 func TestTokenExpires(t *testing.T) {
 	service := newTokenService(t, "", "")
 	service.lifetime = 1
-	a := newParent(Parent{Endpoint: "p", Insecure: true}, defaultLimits(), nil).auth
+	a := newParent(Parent{Endpoint: "p", Insecure: true}, defaultLimits(), nil, nil).auth
 	defer a.client.CloseIdleConnections()
 	a.bearer.Realm = service.URL
 	get := func() string {
@@ -277,11 +277,11 @@ func hostOf(s string) string {
 // Credentials for a parent that is spoken to over TLS do not go to a token
 // service in the clear.
 func TestRealmOverPlainHTTP(t *testing.T) {
-	secret := newParent(Parent{Endpoint: "p", Username: "u", Password: "hunter2"}, defaultLimits(), nil).auth
+	secret := newParent(Parent{Endpoint: "p", Username: "u", Password: "hunter2"}, defaultLimits(), nil, nil).auth
 	if err := secret.checkRealm("http://auth.example/token"); err == nil || !strings.Contains(err.Error(), "auth.example would get the credentials over plain HTTP") {
 		t.Error(err)
 	}
-	anonymous := newParent(Parent{Endpoint: "p"}, defaultLimits(), nil).auth
+	anonymous := newParent(Parent{Endpoint: "p"}, defaultLimits(), nil, nil).auth
 	if err := anonymous.checkRealm("http://auth.example/token"); err != nil {
 		t.Error(err)
 	}
@@ -337,7 +337,7 @@ func TestSyncRedirectsWithoutCredentials(t *testing.T) {
 }
 
 func TestRedirectPolicy(t *testing.T) {
-	p := newParent(Parent{Endpoint: "registry.example.com"}, defaultLimits(), nil)
+	p := newParent(Parent{Endpoint: "registry.example.com"}, defaultLimits(), nil, nil)
 	request := func(s string) *http.Request {
 		req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, s, nil)
 		if err != nil {
@@ -427,32 +427,42 @@ func TestSyncCatalog(t *testing.T) {
 // A parent that cuts its lists short without a link to the rest has all of it
 // read nevertheless.
 func TestNamesWithoutLinks(t *testing.T) {
-	for name, ignoresLast := range map[string]bool{"takes last": false, "ignores last": true} {
+	for name, tt := range map[string]struct {
+		total, page int
+		ignoresLast bool
+		want        int
+	}{
+		"takes last":             {2500, pageSize, false, 2500},
+		"ignores last":           {2500, pageSize, true, pageSize},
+		"caps pages at 100":      {250, 100, false, 250},
+		"caps pages at 50":       {120, 50, false, 120},
+		"has a round number":     {200, 100, false, 200},
+		"has all, a full page":   {100, 1000, false, 100},
+		"sends all, always":      {5000, 5000, true, 5000},
+		"has none":               {0, 100, false, 0},
+		"has a page that is one": {1, 1000, false, 1},
+	} {
 		t.Run(name, func(t *testing.T) {
 			var all []string
-			for i := range 2500 {
+			for i := range tt.total {
 				all = append(all, fmt.Sprintf("t%04d", i))
 			}
 			p := newTestParent(t)
 			p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
 				start := 0
-				if last := r.URL.Query().Get("last"); last != "" && !ignoresLast {
+				if last := r.URL.Query().Get("last"); last != "" && !tt.ignoresLast {
 					start = slices.Index(all, last) + 1
 				}
-				_ = json.NewEncoder(w).Encode(map[string]any{"tags": all[start:min(start+pageSize, len(all))]})
+				_ = json.NewEncoder(w).Encode(map[string]any{"tags": all[start:min(start+tt.page, len(all))]})
 				return true
 			})
-			client := newParent(Parent{Endpoint: p.host, Insecure: true}, defaultLimits(), slog.New(slog.DiscardHandler))
+			client := newParent(Parent{Endpoint: p.host, Insecure: true}, defaultLimits(), nil, slog.New(slog.DiscardHandler))
 			defer client.close()
 			got, err := client.tags(t.Context(), "app")
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := all
-			if ignoresLast {
-				want = all[:pageSize]
-			}
-			if !slices.Equal(got, want) {
+			if !slices.Equal(got, all[:tt.want]) {
 				t.Errorf("%d tags", len(got))
 			}
 		})

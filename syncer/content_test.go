@@ -70,7 +70,7 @@ func TestSyncPlatforms(t *testing.T) {
 				t.Errorf("the tag stands for %s, want %s", got, want)
 			}
 			var size int64
-			r := f.newRun().newRepository("app", nil)
+			r := f.repository("app")
 			for platform, img := range images {
 				_, _, err := r.stored(t.Context(), digestOf(t, img))
 				if here := err == nil; here != slices.Contains(tt.want, platform) {

@@ -1,7 +1,6 @@
 package syncer
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,10 +20,13 @@ import (
 // requests that makes is bounded elsewhere.
 const parallelRepositories = 8
 
+// imagesAhead is out of how many of a repository's images the one that lacks
+// least is brought first.
+const imagesAhead = 16
+
 // run is one synchronisation.
 type run struct {
-	selection selection
-	parent    *parent
+	origins   []*origin
 	store     *store
 	fetcher   *fetcher
 	referrers bool
@@ -41,9 +43,11 @@ type run struct {
 	checked  *checks
 	progress func(Event) // may be nil
 	log      *slog.Logger
-	images   chan struct{} // bounds the images that are copied at once
-
-	// err is why the parent could not be asked anything.
+	// etags remembers what parents call what tags stand for; see etags.
+	etags *etags
+	// urgent: somebody waits for what this brings.
+	urgent bool
+	// err is why removals could not be looked for.
 	err error
 
 	mu           sync.Mutex
@@ -57,7 +61,9 @@ type run struct {
 // repository is one repository during a synchronisation.
 type repository struct {
 	run       *run
-	name      string
+	parent    *parent
+	name      string // here
+	remote    string // at the parent
 	selection selection
 
 	// listed and listErr are what the parent lists as tags, asked once.
@@ -77,11 +83,13 @@ type repository struct {
 	held     string // why tags that are not wanted stay
 }
 
-func (r *run) newRepository(name string, err error) *repository {
+func (r *run) newRepository(o *origin, name, remote string, part selection, err error) *repository {
 	return &repository{
 		run:       r,
+		parent:    o.parent,
 		name:      name,
-		selection: r.selection.of(name),
+		remote:    remote,
+		selection: part,
 		left:      make(map[digest.Digest]int64),
 		seen:      make(map[digest.Digest]bool),
 		subjects:  make(map[digest.Digest]bool),
@@ -89,48 +97,11 @@ func (r *run) newRepository(name string, err error) *repository {
 	}
 }
 
-// find asks the parent which of its repositories are selected. A glob for which
-// that cannot be found out stands for itself, with the error.
-func (r *run) find(ctx context.Context) []*repository {
-	var found []*repository
-	var names []string
-	err := r.parent.ping(ctx)
-	r.err = err
-	if wild := r.selection.wild(); len(wild) > 0 {
-		catalog, catalogErr := []string(nil), err
-		if err == nil {
-			catalog, catalogErr = r.parent.catalog(ctx)
-		}
-		for _, g := range wild {
-			if catalogErr != nil {
-				found = append(found, r.newRepository(g.String(), catalogErr))
-			}
-		}
-		names = slices.DeleteFunc(catalog, func(name string) bool { return !matchAny(wild, name) })
-	}
-	names = append(names, r.selection.exact()...)
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		found = append(found, r.newRepository(name, err))
-	}
-	slices.SortFunc(found, func(a, b *repository) int { return cmp.Compare(a.name, b.name) })
-	r.mu.Lock()
-	r.repositories = found
-	r.mu.Unlock()
-	return found
-}
-
 // sync carries out the synchronisation. Its outcome is in the repositories.
-func (r *run) sync(ctx context.Context, resume bool) {
+func (r *run) sync(ctx context.Context) {
 	var found []*repository
 	for _, repo := range r.find(ctx) {
-		err := repo.problem()
-		if err == nil && resume {
-			if err = r.store.findPartial(ctx, repo.name); err != nil {
-				repo.fail(err)
-			}
-		}
-		if err != nil {
+		if err := repo.problem(); err != nil {
 			r.event(Event{Kind: EventFailed, Repository: repo.name, Err: err})
 			continue
 		}
@@ -142,7 +113,7 @@ func (r *run) sync(ctx context.Context, resume bool) {
 		g.Go(func() error { repo.sync(ctx); return nil })
 	}
 	_ = g.Wait()
-	if r.removing && r.err == nil && ctx.Err() == nil {
+	if r.removing && r.unasked() == nil && ctx.Err() == nil {
 		r.removeUnselected(ctx)
 	}
 }
@@ -215,16 +186,17 @@ func (r *repository) sync(ctx context.Context) {
 	}
 	r.run.event(Event{Kind: EventPlanned, Repository: r.name, Tags: len(plans)})
 	var wg sync.WaitGroup
+	images := make(chan struct{}, imagesAhead)
 	for _, g := range groups(plans) {
 		select {
-		case r.run.images <- struct{}{}:
+		case images <- struct{}{}:
 		case <-ctx.Done():
 			r.fail(context.Cause(ctx))
 			wg.Wait()
 			return
 		}
 		wg.Go(func() {
-			defer func() { <-r.run.images }()
+			defer func() { <-images }()
 			r.syncGroup(ctx, g)
 		})
 	}
@@ -268,11 +240,11 @@ func (r *repository) survey(ctx context.Context) ([]want, error) {
 	}
 	wanted := r.selection.tags(names)
 	var g errgroup.Group
-	g.SetLimit(r.run.parent.limits.asks)
+	g.SetLimit(r.parent.limits.asks)
 	for i := range wanted {
 		w := &wanted[i]
 		g.Go(func() error {
-			w.digest, w.err = r.run.parent.resolve(ctx, r.name, w.tag)
+			w.digest, w.err = r.resolve(ctx, w.tag)
 			return nil
 		})
 	}
@@ -290,7 +262,7 @@ func (r *repository) survey(ctx context.Context) ([]want, error) {
 // tags is what the parent lists, which it is asked for once, if at all.
 func (r *repository) tags(ctx context.Context) ([]string, error) {
 	r.list.Do(func() {
-		r.listed, r.listErr = r.run.parent.tags(ctx, r.name)
+		r.listed, r.listErr = r.parent.tags(ctx, r.remote)
 		r.empty.Store(r.listErr == nil && len(r.listed) == 0)
 	})
 	return r.listed, r.listErr
@@ -382,7 +354,7 @@ func (r *repository) anywhere(ctx context.Context, d digest.Digest) (manifest, b
 	if m, ok, err := r.run.store.manifest(ctx, r.name, d); ok || err != nil {
 		return m, ok, err
 	}
-	m, err := r.run.parent.manifest(ctx, r.name, d)
+	m, err := r.parent.manifest(ctx, r.remote, d)
 	return m, false, err
 }
 
@@ -423,7 +395,7 @@ func (r *repository) syncGroup(ctx context.Context, g *group) {
 // when it was asked for: registries that delete what has no tag may have deleted
 // what it stood for in the meantime, which was the error err.
 func (r *repository) follow(ctx context.Context, t TagPlan, err error) error {
-	d, resolveErr := r.run.parent.resolve(ctx, r.name, t.Name)
+	d, resolveErr := r.resolve(ctx, t.Name)
 	if resolveErr != nil || d == t.Digest {
 		return err
 	}
@@ -458,6 +430,7 @@ func (r *repository) bringGroup(ctx context.Context, g *group) error {
 	}
 	img, err := walk(ctx, g.digest, g.platforms, r.anywhere)
 	if err == nil && changed {
+		r.run.event(Event{Kind: EventStarted, Repository: r.name, Tag: g.tags[0].Name, Digest: g.digest.String(), Missing: r.missing(img.blobs)})
 		err = r.bring(ctx, img)
 	}
 	if err != nil {
@@ -477,6 +450,10 @@ func (r *repository) bringGroup(ctx context.Context, g *group) error {
 // synchronisation then need not fetch.
 func (r *repository) bring(ctx context.Context, img image) error {
 	r.expect(img.blobs)
+	p := priority{urgent: r.run.urgent, repository: r.name}
+	for _, blob := range r.missing(img.blobs) {
+		p.missing += blob.Size
+	}
 	errs := make([]error, len(img.blobs))
 	var wg sync.WaitGroup
 	for i, blob := range img.blobs {
@@ -484,7 +461,7 @@ func (r *repository) bring(ctx context.Context, img image) error {
 			continue
 		}
 		wg.Go(func() {
-			if errs[i] = r.run.fetcher.ensure(ctx, r.name, blob); errs[i] == nil {
+			if errs[i] = r.run.fetcher.ensure(ctx, r, blob, p); errs[i] == nil {
 				r.arrived(blob.Digest)
 			}
 		})
@@ -507,6 +484,19 @@ func (r *repository) bring(ctx context.Context, img image) error {
 		}
 	}
 	return nil
+}
+
+// missing are those of an image's blobs that are not known to be here.
+func (r *repository) missing(blobs []v1.Descriptor) []Blob {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var missing []Blob
+	for _, blob := range blobs {
+		if !r.seen[blob.Digest] {
+			missing = append(missing, Blob{blob.Digest.String(), blob.Size})
+		}
+	}
+	return missing
 }
 
 // expect takes note of blobs that are about to be brought.

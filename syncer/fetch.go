@@ -8,44 +8,43 @@ import (
 	"sync"
 	"time"
 
-	"github.com/distribution/distribution/v3"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // fetcher brings blobs into repositories, each one over the network once at
-// most, however many repositories and images want it.
+// most, however many repositories and images want it. It outlives
+// synchronisations, of which several may be under way.
 type fetcher struct {
-	parent *parent
-	store  *store
-	limits limits
-	slots  chan struct{} // bounds the blobs that are fetched at once
-	notify func(Event)
-	// distrusted are digests that the parent sent wrong bytes for in earlier
-	// synchronisations; see distrust.
+	store   *store
+	queue   *queue
+	streams int   // of one blob at once
+	chunk   int64 // bytes that are asked for at once
+	// distrusted are digests that a parent sent wrong bytes for; see distrust.
 	distrusted *distrust
 
 	mu      sync.Mutex
 	flights map[digest.Digest]*flight
 }
 
-// flight is the fetching of a blob, for those who wait for it and those who come
-// later.
+// flight is the fetching of a blob, for those who wait for it.
 type flight struct {
 	repository string
+	priority   *priority
 	done       chan struct{}
 	err        error // to be read when done is closed
 }
 
 // ensure sees to it that a repository has a blob.
-func (f *fetcher) ensure(ctx context.Context, repository string, desc v1.Descriptor) error {
+func (f *fetcher) ensure(ctx context.Context, r *repository, desc v1.Descriptor, p priority) error {
 	for {
-		mine, other := f.join(repository, desc.Digest)
+		mine, other := f.join(r.name, desc.Digest, p)
 		if mine != nil {
-			mine.err = f.bring(ctx, repository, desc)
-			if mine.err != nil {
-				f.leave(desc.Digest, mine)
-			}
+			mine.err = f.bring(ctx, r, desc, mine.priority)
+			f.leave(desc.Digest)
 			close(mine.done)
 			return mine.err
 		}
@@ -54,208 +53,294 @@ func (f *fetcher) ensure(ctx context.Context, repository string, desc v1.Descrip
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		if other.err != nil {
-			if other.repository == repository {
-				return other.err
+		switch {
+		case other.err == nil:
+			if ok, err := f.present(ctx, r, desc); ok || err != nil {
+				return err
 			}
-			// The parent may keep it from that repository's readers and not from
-			// this one's.
-			continue
+		case other.repository == r.name:
+			return other.err
 		}
-		ok, err := f.present(ctx, repository, desc)
-		if ok || err != nil {
-			return err
-		}
-		// It was removed since, or found to be corrupt.
-		f.leave(desc.Digest, other)
+		// It was removed since, or found to be corrupt; or the parent keeps it from
+		// that repository's readers and not from this one's.
 	}
 }
 
 // join returns the flight that the caller has to carry out, or the one that is
-// under way or over.
-func (f *fetcher) join(repository string, d digest.Digest) (mine, other *flight) {
+// under way.
+func (f *fetcher) join(repository string, d digest.Digest, p priority) (mine, other *flight) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if other = f.flights[d]; other != nil {
+		f.queue.raise(other.priority, p)
 		return nil, other
 	}
-	mine = &flight{repository: repository, done: make(chan struct{})}
+	mine = &flight{repository: repository, priority: f.queue.enter(p), done: make(chan struct{})}
 	f.flights[d] = mine
 	return mine, nil
 }
 
-func (f *fetcher) leave(d digest.Digest, old *flight) {
+func (f *fetcher) leave(d digest.Digest) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.flights[d] == old {
-		delete(f.flights, d)
-	}
+	delete(f.flights, d)
 }
 
 // present reports whether a repository has a blob, linking it if another has it.
-func (f *fetcher) present(ctx context.Context, repository string, desc v1.Descriptor) (bool, error) {
-	if ok, err := f.store.hasBlob(ctx, repository, desc); ok || err != nil {
+func (f *fetcher) present(ctx context.Context, r *repository, desc v1.Descriptor) (bool, error) {
+	if ok, err := f.store.hasBlob(ctx, r.name, desc); ok || err != nil {
 		return ok, err
 	}
-	linked, err := f.store.link(ctx, repository, desc)
+	linked, err := f.store.link(ctx, r.name, desc)
 	if linked {
-		f.notify(Event{Kind: EventBlob, Repository: repository, Digest: desc.Digest.String(), Bytes: desc.Size, Linked: true})
+		r.run.event(Event{Kind: EventBlob, Repository: r.name, Digest: desc.Digest.String(), Bytes: desc.Size, Linked: true})
 	}
 	return linked, err
 }
 
-func (f *fetcher) bring(ctx context.Context, repository string, desc v1.Descriptor) error {
-	if ok, err := f.present(ctx, repository, desc); ok || err != nil {
+func (f *fetcher) bring(ctx context.Context, r *repository, desc v1.Descriptor, p *priority) error {
+	if ok, err := f.present(ctx, r, desc); ok || err != nil {
 		return err
 	}
 	if err := f.distrusted.check(desc.Digest, time.Now()); err != nil {
 		return err
 	}
-	select {
-	case f.slots <- struct{}{}:
-		defer func() { <-f.slots }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	home, err := f.fetch(ctx, repository, desc)
-	if err != nil {
+	if err := f.fetch(ctx, r, desc, p); err != nil {
 		return err
 	}
-	f.notify(Event{Kind: EventBlob, Repository: repository, Digest: desc.Digest.String(), Bytes: desc.Size})
-	if home == repository {
-		return nil
-	}
-	_, err = f.store.link(ctx, repository, desc)
+	r.run.event(Event{Kind: EventBlob, Repository: r.name, Digest: desc.Digest.String(), Bytes: desc.Size})
+	_, err := f.store.link(ctx, r.name, desc)
 	return err
 }
 
-// fetch brings a blob over the network and returns the repository that has it
-// now. What was fetched of it before is not fetched again, unless it turns out
-// to be wrong.
-func (f *fetcher) fetch(ctx context.Context, repository string, desc v1.Descriptor) (string, error) {
+// fetch brings a blob over the network. What was fetched of it before is not
+// fetched again, unless it turns out to be wrong.
+func (f *fetcher) fetch(ctx context.Context, r *repository, desc v1.Descriptor, p *priority) error {
 	for {
-		u, err := f.store.openUpload(ctx, repository, desc.Digest)
+		// The file is opened when it is its turn, and not by all that wait.
+		if err := f.queue.acquire(ctx, p, min(desc.Size, f.chunk)); err != nil {
+			return err
+		}
+		partial, err := f.store.content.OpenPartial(desc.Digest, desc.Size, f.chunk)
 		if err != nil {
-			return "", err
+			f.queue.release()
+			return storing(r.name, desc.Digest, err)
 		}
-		resumed := u.Size() > 0
-		err = f.complete(ctx, u, repository, desc)
-		if err == nil {
-			return u.repository, nil
-		}
-		if !errors.Is(err, errWrongBytes) {
-			return "", err
+		resumed := partial.Present() > 0
+		t := &transfer{fetcher: f, repository: r, desc: desc, priority: p, partial: partial}
+		err = t.complete(ctx)
+		if !errors.Is(err, storage.ErrCorrupt) {
+			return err
 		}
 		if !resumed {
-			err = unusable(f.parent.String(), repository+"@"+desc.Digest.String(), "its bytes do not have that digest")
+			err = unusable(r.parent.String(), r.remote+"@"+desc.Digest.String(), "its bytes do not have that digest")
 			f.distrusted.add(desc.Digest, err, time.Now())
-			return "", err
+			return err
 		}
 		// What lay here since before may be at fault, and not the parent.
 	}
 }
 
-// errWrongBytes reports an upload that does not have its digest. It has been
-// discarded.
-var errWrongBytes = errors.New("wrong bytes")
+// transfer is one blob on its way here, over several connections where the parent
+// allows.
+type transfer struct {
+	*fetcher
+	repository *repository
+	desc       v1.Descriptor
+	priority   *priority
+	partial    *storage.Partial
 
-// complete downloads what an upload lacks and commits it. It closes the upload
-// in any case, and discards it unless it is worth going on with.
-func (f *fetcher) complete(ctx context.Context, u *upload, repository string, desc v1.Descriptor) error {
-	cleanup := context.WithoutCancel(ctx)
-	if u.Size() > desc.Size {
-		return errors.Join(errWrongBytes, u.discard(cleanup))
+	mu   sync.Mutex
+	next int // the first chunk that nobody has taken
+}
+
+// complete downloads what is missing and commits it. It closes the Partial in any
+// case, and discards it unless it is worth going on with. The caller has acquired
+// a turn, which complete releases.
+func (t *transfer) complete(ctx context.Context) error {
+	err := t.download(ctx)
+	if _, broken := errors.AsType[*fault](err); broken || err != nil && ctx.Err() != nil {
+		// The bytes that came are kept for the next attempt.
+		_ = t.partial.Close()
+		return err
 	}
-	if err := f.download(ctx, u, repository, desc); err != nil {
-		if _, broken := errors.AsType[*fault](err); broken || ctx.Err() != nil {
-			// The bytes that came are kept for the next attempt.
-			_ = u.Close()
+	if err == nil {
+		err = t.partial.Commit(context.WithoutCancel(ctx))
+	}
+	if err == nil {
+		return nil
+	}
+	// The storage cannot take it, and on a full disk the space is better used; or
+	// the bytes are wrong.
+	_ = t.partial.Discard() // what is in its way is in err
+	if errors.Is(err, storage.ErrCorrupt) {
+		return err
+	}
+	return storing(t.repository.name, t.desc.Digest, err)
+}
+
+// download fetches the missing chunks: the first alone until it has shown that
+// the parent sends parts, then several at once.
+func (t *transfer) download(ctx context.Context) error {
+	first := t.take()
+	if first < 0 {
+		t.queue.release()
+		return nil
+	}
+	if t.repository.parent.noRanges.Load() {
+		return t.downloadWhole(ctx)
+	}
+	g, all := errgroup.WithContext(ctx)
+	more := sync.OnceFunc(func() {
+		for range min(t.streams, t.partial.Chunks()) - 1 {
+			g.Go(func() error { return t.work(all, t.take(), false, func() {}) })
+		}
+	})
+	g.Go(func() error { return t.work(all, first, true, more) })
+	err := g.Wait()
+	if !errors.Is(err, errNoRanges) {
+		return err
+	}
+	t.repository.parent.noRanges.Store(true)
+	if err := t.queue.acquire(ctx, t.priority, t.desc.Size); err != nil {
+		return err
+	}
+	return t.downloadWhole(ctx)
+}
+
+// take returns a chunk that is missing and nobody is at, -1 if there is none.
+func (t *transfer) take() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for ; t.next < t.partial.Chunks(); t.next++ {
+		if _, length := t.partial.Missing(t.next); length > 0 {
+			t.next++
+			return t.next - 1
+		}
+	}
+	return -1
+}
+
+// work fetches chunks until there are none left, the given one first. turn says
+// whether there is a turn for that already; sent is called when the parent has
+// sent a part.
+func (t *transfer) work(ctx context.Context, chunk int, turn bool, sent func()) error {
+	for ; chunk >= 0; chunk = t.take() {
+		if !turn {
+			if err := t.queue.acquire(ctx, t.priority, t.chunk); err != nil {
+				return err
+			}
+		}
+		err := t.persist(ctx, func() error { return t.piece(ctx, chunk, sent) }, func() int64 {
+			_, length := t.partial.Missing(chunk)
+			return length
+		})
+		t.queue.release()
+		if err != nil {
 			return err
 		}
-		// The storage cannot take it; on a full disk the space is better used.
-		_ = u.discard(cleanup) // what is in its way is in err
-		return storing(repository, desc.Digest, err)
-	}
-	err := u.commit(cleanup, desc)
-	if _, wrong := errors.AsType[distribution.ErrBlobInvalidDigest](err); wrong {
-		return errors.Join(errWrongBytes, u.discard(cleanup))
-	}
-	if err != nil {
-		_ = u.discard(cleanup)
-		return storing(repository, desc.Digest, err)
+		turn = false
 	}
 	return nil
 }
 
-// download appends what an upload lacks. Where the connection breaks off, it
+// downloadWhole fetches a blob from a parent that sends no parts. It releases the
+// turn.
+func (t *transfer) downloadWhole(ctx context.Context) error {
+	defer t.queue.release()
+	return t.persist(ctx, func() error { return t.whole(ctx) }, func() int64 { return t.desc.Size - t.partial.Present() })
+}
+
+// persist calls fetch until nothing is left. Where the connection breaks off, it
 // goes on, as long as that makes progress.
-func (f *fetcher) download(ctx context.Context, u *upload, repository string, desc v1.Descriptor) error {
+func (t *transfer) persist(ctx context.Context, fetch func() error, left func() int64) error {
 	failures := 0
-	for u.Size() < desc.Size {
-		before := u.Size()
-		err := f.piece(ctx, u, repository, desc)
+	for before := left(); before > 0; before = left() {
+		err := fetch()
 		if err == nil {
 			continue
 		}
-		if u.Size()-before >= f.limits.stallBytes {
+		if before-left() >= t.repository.parent.limits.stallBytes {
 			failures = 0
 		}
 		failures++
-		if err := f.parent.again(ctx, err, failures); err != nil {
+		if err := t.repository.parent.again(ctx, err, failures); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// piece appends what one request brings.
-func (f *fetcher) piece(ctx context.Context, u *upload, repository string, desc v1.Descriptor) error {
-	body, err := f.parent.blob(ctx, repository, desc, u.Size())
+// piece appends to a chunk what one request brings.
+func (t *transfer) piece(ctx context.Context, chunk int, sent func()) error {
+	offset, length := t.partial.Missing(chunk)
+	body, err := t.repository.parent.blob(ctx, t.repository.remote, t.desc, offset, length)
 	if err != nil {
 		return err
 	}
 	defer body.Close()
-	r := &observedReader{Reader: body, observe: func(n int64) {
-		f.notify(Event{Kind: EventFetched, Repository: repository, Digest: desc.Digest.String(), Bytes: n})
-	}}
-	defer r.flush()
-	if _, err := u.ReadFrom(r); r.err != nil {
-		return r.err
-	} else if err != nil {
+	sent()
+	return t.copy(body, func(b []byte) error { return t.partial.Write(chunk, b) })
+}
+
+// whole reads a blob from its beginning and keeps what is missing.
+func (t *transfer) whole(ctx context.Context) error {
+	body, err := t.repository.parent.blob(ctx, t.repository.remote, t.desc, 0, t.desc.Size)
+	if err != nil {
 		return err
+	}
+	defer body.Close()
+	for chunk := range t.partial.Chunks() {
+		offset, length := t.partial.Missing(chunk)
+		end := offset + length
+		if _, err := io.CopyN(io.Discard, body, offset-(t.desc.Size-body.left)); err != nil {
+			return err
+		}
+		if err := t.copy(io.LimitReader(body, end-offset), func(b []byte) error { return t.partial.Write(chunk, b) }); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// observedReader tells how much was read, and keeps why reading ended apart from
-// why writing did.
-type observedReader struct {
-	io.Reader
-	observe func(n int64)
-	err     error
-	pending int64
+// buffers are what bytes pass through on their way from the network.
+var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
+
+const bufferSize = 256 << 10
+
+// copy writes what it reads, and tells of it.
+func (t *transfer) copy(body io.Reader, write func([]byte) error) error {
+	buf := buffers.Get().(*[bufferSize]byte)
+	defer buffers.Put(buf)
+	untold := int64(0)
+	tell := func() {
+		if untold > 0 {
+			t.repository.run.event(Event{Kind: EventFetched, Repository: t.repository.name, Digest: t.desc.Digest.String(), Bytes: untold})
+		}
+		untold = 0
+	}
+	defer tell()
+	for {
+		n, err := body.Read(buf[:])
+		if n > 0 {
+			if err := write(buf[:n]); err != nil {
+				return err
+			}
+			if untold += int64(n); untold >= tellBytes {
+				tell()
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
-// observeEvery is how many bytes are told of at once.
-const observeEvery = 256 << 10
-
-func (r *observedReader) Read(b []byte) (int, error) {
-	n, err := r.Reader.Read(b)
-	if r.pending += int64(n); r.pending >= observeEvery {
-		r.flush()
-	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		r.err = err
-	}
-	return n, err
-}
-
-func (r *observedReader) flush() {
-	if r.pending > 0 {
-		r.observe(r.pending)
-		r.pending = 0
-	}
-}
+// tellBytes is how many bytes are told of at once.
+const tellBytes = 256 << 10
 
 // distrust remembers for which digests the parent sent other bytes, so that a
 // large blob which is wrong there is not fetched again every minute: the next

@@ -72,39 +72,54 @@ func defaultLimits() limits {
 // line that a person can act on.
 type parent struct {
 	scheme, host string
-	client       *http.Client
-	transport    *http.Transport
+	client       *http.Client // for questions
+	bulk         *http.Client // for blobs
 	auth         *authorizer
 	limits       limits
+	pace         *pace
+	bandwidth    *bandwidth
 	log          *slog.Logger
 	asks         chan struct{}
 
 	received    atomic.Int64 // bytes of bodies
 	noReferrers atomic.Bool  // the parent has no referrers API
+	noRanges    atomic.Bool  // the parent sends blobs as a whole
 
-	mu     sync.Mutex
-	paused time.Time // nothing is asked before
-	down   error     // why nothing more is asked at all
+	mu   sync.Mutex
+	down error // why nothing more is asked at all
 }
 
-func newParent(config Parent, limits limits, log *slog.Logger) *parent {
+// dialer opens connections.
+type dialer func(ctx context.Context, network, address string) (net.Conn, error)
+
+func newParent(config Parent, limits limits, dial dialer, log *slog.Logger) *parent {
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: limits.dial}).DialContext
+	}
+	transport := &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           dial,
+		TLSClientConfig:       &tls.Config{RootCAs: config.CA, MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout:   limits.dial,
+		ResponseHeaderTimeout: limits.header,
+		ForceAttemptHTTP2:     true,
+		DisableCompression:    true, // a blob's digest is that of its bytes as they are
+		MaxIdleConnsPerHost:   v1alpha1.MaxConcurrency,
+		IdleConnTimeout:       90 * time.Second,
+	}
+	// Chunks that share a connection would share its pace, too.
+	bulk := transport.Clone()
+	bulk.ForceAttemptHTTP2 = false
+	bulk.Protocols = new(http.Protocols)
+	bulk.Protocols.SetHTTP1(true)
+	bulk.ReadBufferSize = 64 << 10
 	p := &parent{
 		scheme: "https",
 		host:   config.Endpoint,
 		limits: limits,
+		pace:   &pace{},
 		log:    log,
 		asks:   make(chan struct{}, limits.asks),
-		transport: &http.Transport{
-			Proxy:                 http.ProxyFromEnvironment,
-			DialContext:           (&net.Dialer{Timeout: limits.dial}).DialContext,
-			TLSClientConfig:       &tls.Config{RootCAs: config.CA, MinVersion: tls.VersionTLS12},
-			TLSHandshakeTimeout:   limits.dial,
-			ResponseHeaderTimeout: limits.header,
-			ForceAttemptHTTP2:     true,
-			DisableCompression:    true, // a blob's digest is that of its bytes as they are
-			MaxIdleConnsPerHost:   v1alpha1.MaxConcurrency,
-			IdleConnTimeout:       90 * time.Second,
-		},
 	}
 	if config.Insecure {
 		p.scheme = "http"
@@ -112,9 +127,10 @@ func newParent(config Parent, limits limits, log *slog.Logger) *parent {
 	if slices.Contains([]string{"docker.io", "index.docker.io"}, p.host) {
 		p.host = "registry-1.docker.io" // Docker Hub's registry goes by another name than its images
 	}
-	p.client = &http.Client{Transport: p.transport, CheckRedirect: p.redirect}
+	p.client = &http.Client{Transport: transport, CheckRedirect: p.redirect}
+	p.bulk = &http.Client{Transport: bulk, CheckRedirect: p.redirect}
 	p.auth = &authorizer{
-		client:   &http.Client{Transport: boundedBodies{p.transport}, CheckRedirect: p.redirect},
+		client:   &http.Client{Transport: boundedBodies{transport}, CheckRedirect: p.redirect},
 		username: config.Username,
 		password: config.Password,
 		host:     p.host,
@@ -125,7 +141,10 @@ func newParent(config Parent, limits limits, log *slog.Logger) *parent {
 	return p
 }
 
-func (p *parent) close() { p.transport.CloseIdleConnections() }
+func (p *parent) close() {
+	p.client.CloseIdleConnections()
+	p.bulk.CloseIdleConnections()
+}
 
 func (p *parent) String() string { return "parent " + p.host }
 
@@ -171,6 +190,8 @@ type question struct {
 	scope  string
 	what   string // names the thing in errors
 	max    int64  // bytes of the body
+	// known is the ETag of what is here already. Empty: nothing.
+	known string
 }
 
 // answer is what came back, with a status of success.
@@ -200,7 +221,7 @@ func (p *parent) ask(ctx context.Context, q question) (answer, error) {
 }
 
 func (p *parent) askOnce(ctx context.Context, q question) (answer, error) {
-	if err := p.ready(ctx); err != nil {
+	if err := p.ready(ctx, q.method); err != nil {
 		return answer{}, err
 	}
 	whole := ctx
@@ -210,7 +231,10 @@ func (p *parent) askOnce(ctx context.Context, q question) (answer, error) {
 	if q.accept != "" {
 		header.Set("Accept", q.accept)
 	}
-	resp, err := p.send(ctx, q.method, q.path, header, q.scope, q.what)
+	if q.known != "" {
+		header.Set("If-None-Match", q.known)
+	}
+	resp, err := p.send(ctx, p.client, request{q.method, q.path, header, q.scope, q.what})
 	if err != nil {
 		return answer{}, p.or(whole, err)
 	}
@@ -234,32 +258,48 @@ func (p *parent) or(ctx context.Context, err error) error {
 	return err
 }
 
+// request is one request to the parent.
+type request struct {
+	method string
+	path   string // with its query
+	header http.Header
+	scope  string // "": without credentials
+	what   string // names the thing in errors
+}
+
 // send makes one request, answering one challenge. The caller closes the body.
 // A status other than success is a *fault.
-func (p *parent) send(ctx context.Context, method, path string, header http.Header, scope, what string) (*http.Response, error) {
+func (p *parent) send(ctx context.Context, client *http.Client, r request) (*http.Response, error) {
+	what := r.what
 	var stale string // credentials that the parent refused
 	for challenges := 0; ; challenges++ {
-		req, err := http.NewRequestWithContext(ctx, method, p.scheme+"://"+p.host+path, nil)
+		req, err := http.NewRequestWithContext(ctx, r.method, p.scheme+"://"+p.host+r.path, nil)
 		if err != nil {
 			return nil, unusable(p.String(), what, "%s", oneLine(err.Error()))
 		}
-		req.Header = header.Clone()
+		req.Header = r.header.Clone()
 		req.Header.Set("User-Agent", userAgent)
-		used, err := p.auth.authorize(ctx, req, scope, stale)
+		used, err := p.auth.authorize(ctx, req, r.scope, stale)
 		if err != nil {
 			return nil, err
 		}
-		resp, err := p.client.Do(req)
+		if challenges > 0 {
+			p.pace.count()
+		}
+		resp, err := client.Do(req)
 		if err != nil {
 			f := unreachable(p.asked(err), what, p.limits, err)
 			f.down = f.unreachable && p.asked(err) == p.String()
 			return nil, f
 		}
+		if resp.Request.URL.Host == p.host {
+			p.pace.observe(resp.Header)
+		}
 		if resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent {
 			return resp, nil
 		}
 		again, err := p.refused(ctx, resp, what, used)
-		if !again || scope == "" || challenges > 0 {
+		if !again || r.scope == "" || challenges > 0 {
 			return nil, err
 		}
 		stale = used
@@ -300,16 +340,16 @@ func (p *parent) asked(err error) string {
 	return p.String()
 }
 
-// ready waits out a pause that the parent asked for, and fails at once when the
-// parent is known to be down.
-func (p *parent) ready(ctx context.Context) error {
+// ready waits until a request may be made, and fails at once when the parent is
+// known to be down.
+func (p *parent) ready(ctx context.Context, method string) error {
 	p.mu.Lock()
-	wait, down := time.Until(p.paused), p.down
+	down := p.down
 	p.mu.Unlock()
 	if down != nil {
 		return down
 	}
-	return sleep(ctx, wait)
+	return p.pace.ready(ctx, method)
 }
 
 // again waits until it makes sense to try again after err, the last of so many
@@ -319,7 +359,11 @@ func (p *parent) again(ctx context.Context, err error, failures int) error {
 		return context.Cause(ctx)
 	}
 	f, ok := errors.AsType[*fault](err)
-	if !ok || !f.temporary || failures >= p.limits.attempts || f.after > p.limits.maxRetryWait {
+	if ok && f.temporary && f.after > p.limits.maxRetryWait {
+		p.pace.refuse(f.after, err)
+		return err
+	}
+	if !ok || !f.temporary || failures >= p.limits.attempts {
 		if ok && f.down {
 			// Whatever else is to be asked would wait as long for as little.
 			p.mu.Lock()
@@ -332,11 +376,7 @@ func (p *parent) again(ctx context.Context, err error, failures int) error {
 	wait = max(wait/2+rand.N(wait/2+1), f.after)
 	p.log.Debug("trying again", "error", f.message, "failures", failures, "wait", wait)
 	if f.status == http.StatusTooManyRequests || f.after > 0 {
-		p.mu.Lock()
-		if until := time.Now().Add(wait); until.After(p.paused) {
-			p.paused = until
-		}
-		p.mu.Unlock()
+		p.pace.pause(wait)
 	}
 	return sleep(ctx, wait)
 }

@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -457,7 +459,7 @@ func (f *fixture) read(ctx context.Context, repository string, d digest.Digest) 
 // verifyHere reads everything that a manifest needs and checks every digest.
 func (f *fixture) verifyHere(t testing.TB, repository string, d digest.Digest, wanted platforms) image {
 	t.Helper()
-	r := f.newRun().newRepository(repository, nil)
+	r := f.repository(repository)
 	img, err := walk(t.Context(), d, wanted, r.stored)
 	if err != nil {
 		t.Fatalf("%s@%s: %v", repository, d, err)
@@ -475,14 +477,23 @@ func (f *fixture) verifyHere(t testing.TB, repository string, d digest.Digest, w
 	return img
 }
 
-// uploadsLeft lists the files of unfinished uploads.
-func (f *fixture) uploadsLeft(t testing.TB, repository string) []string {
+// repository is one of the parent's, in a run of its own.
+func (f *fixture) repository(name string) *repository {
+	r := f.newRun()
+	return r.newRepository(r.origins[0], name, name, nil, nil)
+}
+
+// partialsLeft lists the files of unfinished transfers.
+func (f *fixture) partialsLeft(t testing.TB) (files []string) {
 	t.Helper()
-	dirs, err := f.store.Driver().List(t.Context(), uploads(repository))
-	if err != nil && !isPathNotFound(err) {
+	entries, err := os.ReadDir(filepath.Join(f.root, "partial"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	return dirs
+	for _, e := range entries {
+		files = append(files, e.Name())
+	}
+	return files
 }
 
 func exactly(names ...string) (repositories []v1alpha1.Repository) {

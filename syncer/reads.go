@@ -29,8 +29,9 @@ func (p *parent) ping(ctx context.Context) error {
 }
 
 // resolve asks what a tag stands for, with a HEAD and, of a parent whose answer
-// to that names no digest, with a GET.
-func (p *parent) resolve(ctx context.Context, repository, tag string) (digest.Digest, error) {
+// to that names no digest, with a GET, unless the entity tag is the one that is
+// known from before. The result's etag is empty when there is nothing to remember.
+func (p *parent) resolve(ctx context.Context, repository, tag string, before known) (known, error) {
 	what := repository + ":" + tag
 	q := question{
 		method: http.MethodHead,
@@ -44,20 +45,28 @@ func (p *parent) resolve(ctx context.Context, repository, tag string) (digest.Di
 	switch f, _ := errors.AsType[*fault](err); {
 	case f != nil && f.status == http.StatusMethodNotAllowed: // it does not do HEAD
 	case err != nil:
-		return "", err
+		return known{}, err
 	default:
 		if d, err := digest.Parse(a.header.Get("Docker-Content-Digest")); err == nil {
-			return p.supported(d, what)
+			d, err = p.supported(d, what)
+			return known{digest: d}, err
+		}
+		if etag := a.header.Get("ETag"); etag != "" && etag == before.etag {
+			return before, nil
 		}
 	}
-	q.method = http.MethodGet
-	if a, err = p.ask(ctx, q); err != nil {
-		return "", err
+	q.method, q.known = http.MethodGet, before.etag
+	a, err = p.ask(ctx, q)
+	if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusNotModified && before.etag != "" {
+		return before, nil
+	}
+	if err != nil {
+		return known{}, err
 	}
 	if _, err := p.manifestOf(a, what); err != nil {
-		return "", err
+		return known{}, err
 	}
-	return digest.FromBytes(a.body), nil
+	return known{a.header.Get("ETag"), digest.FromBytes(a.body)}, nil
 }
 
 func (p *parent) supported(d digest.Digest, what string) (digest.Digest, error) {
@@ -106,6 +115,9 @@ func (p *parent) manifestOf(a answer, what string) (manifest, error) {
 // more.
 const pageSize = 1000
 
+// roundPage divides the number of names on a page that may not be the last.
+const roundPage = 50
+
 // tags lists a repository's tags, those that are none left out.
 func (p *parent) tags(ctx context.Context, repository string) ([]string, error) {
 	names, err := p.names(ctx, question{
@@ -140,6 +152,7 @@ func (p *parent) names(ctx context.Context, q question, key string, valid func(s
 	first := q.path
 	seen := make(map[string]bool)
 	var names []string
+	guessed := false // the parent gave no link to a page
 	for {
 		a, err := p.ask(ctx, q)
 		if err != nil {
@@ -157,13 +170,16 @@ func (p *parent) names(ctx context.Context, q question, key string, valid func(s
 			seen[name] = true
 		}
 		next := nextPage(a.header, q.path)
-		if next == "" && len(page) >= pageSize && len(seen) > before {
-			// A full page without a link to the next: some registries leave that
-			// to whoever asks.
-			next = fmt.Sprintf("%s&last=%s", first, url.QueryEscape(page[len(page)-1]))
-		} else if next == "" {
+		guessed = guessed || next == ""
+		if guessed && (len(page) == 0 || len(page)%roundPage != 0 || len(seen) == before) {
 			slices.Sort(names)
 			return names, nil
+		}
+		if next == "" {
+			// A round number of names without a link to the next: some registries
+			// leave that to whoever asks, and cap their pages at 100 names or
+			// another number of their own.
+			next = fmt.Sprintf("%s&last=%s", first, url.QueryEscape(page[len(page)-1]))
 		}
 		if len(seen) == before {
 			return nil, unusable(p.String(), q.what, "its pages have no end")

@@ -69,7 +69,7 @@ func (r *repository) bringReferrersOf(ctx context.Context, subject digest.Digest
 // referrersOf is what the parent lists as referring to a manifest: by its
 // referrers API, or by the referrers tag schema if it has none.
 func (r *repository) referrersOf(ctx context.Context, subject digest.Digest) ([]v1.Descriptor, error) {
-	found, ok, err := r.run.parent.referrers(ctx, r.name, subject)
+	found, ok, err := r.parent.referrers(ctx, r.remote, subject)
 	if ok || err != nil {
 		return found, err
 	}
@@ -78,7 +78,7 @@ func (r *repository) referrersOf(ctx context.Context, subject digest.Digest) ([]
 	if d == "" || err != nil {
 		return nil, err
 	}
-	index, err := r.run.parent.manifest(ctx, r.name, d)
+	index, err := r.parent.manifest(ctx, r.remote, d)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +99,7 @@ func (r *repository) resolveListed(ctx context.Context, tag string) (digest.Dige
 	if _, listed := slices.BinarySearch(tags, tag); !listed {
 		return "", nil
 	}
-	d, err := r.run.parent.resolve(ctx, r.name, tag)
+	d, err := r.resolve(ctx, tag)
 	if isNotFound(err) {
 		return "", nil
 	}

@@ -130,10 +130,10 @@ func (r *repository) follows(ctx context.Context, tag string) (bool, error) {
 func (r *repository) confirm(ctx context.Context, doubtful []string, stay map[string]bool) error {
 	errs := make([]error, len(doubtful))
 	var g errgroup.Group
-	g.SetLimit(r.run.parent.limits.asks)
+	g.SetLimit(r.parent.limits.asks)
 	for i, tag := range doubtful {
 		g.Go(func() error {
-			_, errs[i] = r.run.parent.resolve(ctx, r.name, tag)
+			_, errs[i] = r.resolve(ctx, tag)
 			return nil
 		})
 	}
@@ -211,8 +211,8 @@ func (r *run) unselected(ctx context.Context) ([]*repository, error) {
 	}
 	var found []*repository
 	for _, name := range names {
-		if repo := r.newRepository(name, nil); len(repo.selection) == 0 {
-			found = append(found, repo)
+		if r.locate(name) == nil {
+			found = append(found, &repository{run: r, name: name})
 		}
 	}
 	return found, nil

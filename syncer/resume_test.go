@@ -2,7 +2,6 @@ package syncer
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,6 +29,9 @@ import (
 	"github.com/connected-registry/connected-registry/storage"
 )
 
+// testChunk makes chunks of the test's small layers.
+const testChunk = 300_000
+
 // syncChild is a process that synchronises once. Its arguments come in the
 // environment: the parent's host, the data directory, the repositories, and a
 // bound on the size of files, which stands for a full disk.
@@ -55,6 +57,7 @@ func syncChild() int {
 		Parent:       Parent{Endpoint: os.Getenv("SYNCER_TEST_PARENT"), Insecure: true},
 		Repositories: exactly(strings.Fields(os.Getenv("SYNCER_TEST_REPOSITORIES"))...),
 		Referrers:    true,
+		ChunkSize:    testChunk,
 	})
 	if err != nil {
 		panic(err)
@@ -100,18 +103,18 @@ func TestSyncKilled(t *testing.T) {
 	}
 	root := t.TempDir()
 	var mu sync.Mutex
-	onDisk := make(map[string]int64) // bytes of blobs when the last process died
+	var missing map[string][][2]int64 // when the last process died
 	var served *ration
 	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
 		m := blobPath.FindStringSubmatch(r.URL.Path)
 		if m == nil {
 			return false
 		}
-		var offset int64
-		_, _ = fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &offset)
+		var first, last int64 // without a header it is one chunk, of which nothing is here
+		_, _ = fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last)
 		mu.Lock()
-		if offset < onDisk[m[1]] {
-			t.Errorf("%s was asked for from %d, and %d bytes of it were here", m[1], offset, onDisk[m[1]])
+		if parts, known := missing[m[1]]; known && !slices.ContainsFunc(parts, func(p [2]int64) bool { return p[0] <= first && last < p[1] }) {
+			t.Errorf("%s was asked for from %d to %d, and %d is what was missing", m[1], first, last, parts)
 		}
 		ration := served
 		mu.Unlock()
@@ -146,7 +149,7 @@ func TestSyncKilled(t *testing.T) {
 		}
 		assertWhole(t, root, p, images)
 		mu.Lock()
-		onDisk = bytesOnDisk(t, root, images)
+		missing = missingRanges(t, root, images)
 		mu.Unlock()
 	}
 	mu.Lock()
@@ -163,17 +166,21 @@ func TestSyncKilled(t *testing.T) {
 		}
 		f.verifyHere(t, fmt.Sprintf("app%d", i%2), digestOf(t, img), nil)
 	}
-	for _, repository := range []string{"app0", "app1"} {
-		if left := f.uploadsLeft(t, repository); len(left) > 0 {
-			t.Errorf("uploads left: %s", left)
-		}
+	if left := f.partialsLeft(t); len(left) > 0 {
+		t.Errorf("left: %s", left)
 	}
 }
 
-// bytesOnDisk is how much of each blob of images is stored, whole or in part.
-func bytesOnDisk(t *testing.T, root string, images []ggcr.Image) map[string]int64 {
+// missingRanges are, for each blob of images of which something is stored, the
+// parts that are not.
+func missingRanges(t *testing.T, root string, images []ggcr.Image) map[string][][2]int64 {
 	t.Helper()
-	sizes := make(map[string]int64)
+	store, err := storage.Open(t.Context(), storage.Config{Root: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	missing := make(map[string][][2]int64)
 	for _, img := range images {
 		m, err := img.Manifest()
 		if err != nil {
@@ -181,18 +188,30 @@ func bytesOnDisk(t *testing.T, root string, images []ggcr.Image) map[string]int6
 		}
 		for _, desc := range append(m.Layers, m.Config) {
 			d := digest.Digest(desc.Digest.String())
-			for _, path := range []string{
-				filepath.Join("docker/registry/v2/blobs/sha256", d.Encoded()[:2], d.Encoded(), "data"),
-				filepath.Join(uploads("app0"), uploadID(d), "data"),
-				filepath.Join(uploads("app1"), uploadID(d), "data"),
-			} {
-				if fi, err := os.Stat(filepath.Join(root, path)); err == nil {
-					sizes[d.String()] = max(sizes[d.String()], fi.Size())
+			if f, _, err := store.OpenBlob(t.Context(), d); err == nil {
+				f.Close()
+				missing[d.String()] = nil
+				continue
+			}
+			if _, err := os.Stat(filepath.Join(root, "partial", "sha256-"+d.Encoded())); err != nil {
+				continue
+			}
+			p, err := store.OpenPartial(d, desc.Size, testChunk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			missing[d.String()] = [][2]int64{}
+			for i := range p.Chunks() {
+				if offset, length := p.Missing(i); length > 0 {
+					missing[d.String()] = append(missing[d.String()], [2]int64{offset, offset + length})
 				}
+			}
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
 			}
 		}
 	}
-	return sizes
+	return missing
 }
 
 // ration is how many bytes a parent sends to a process before it sends nothing
@@ -320,74 +339,51 @@ func TestSyncWithoutRanges(t *testing.T) {
 	}
 }
 
-// What an earlier process left may be wrong, or too long. It is not believed.
+// What an earlier process left may be wrong. It is not believed, and what nobody
+// wants any more is cleared away.
 func TestSyncDistrustsWhatItFinds(t *testing.T) {
 	p := newTestParent(t)
 	size := 200_000
 	img := testImage(t, "x", testLayer(1, size))
 	d := p.pushImage(t, "app:1", img)
-	layers, err := img.Layers()
-	if err != nil {
-		t.Fatal(err)
-	}
-	id := uploadID(digestOf(t, layers[0]))
-	for name, left := range map[string][]byte{
-		"wrong":          make([]byte, size/2),
-		"complete":       seeded(1, size),
-		"full but wrong": append(seeded(1, size-1), 0),
-		"too long":       append(seeded(1, size), 0),
-		"empty":          {},
-		"begun":          seeded(1, size)[:size/2],
+	layer := digestOf(t, testLayer(1, size))
+	content := seeded(1, size)
+	for name, tt := range map[string]struct {
+		left []byte
+		want int // bytes that are sent
+	}{
+		"wrong":          {make([]byte, size/2), size/2 + size},
+		"complete":       {content, 0},
+		"full but wrong": {append(content[:size-1:size-1], 0), size},
+		"empty":          {nil, size},
+		"begun":          {content[:size/2], size / 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root := t.TempDir()
-			dir := filepath.Join(root, uploads("other"), id)
-			if err := os.MkdirAll(filepath.Join(dir, "hashstates", "sha256"), 0o777); err != nil {
-				t.Fatal(err)
-			}
-			// A saved state of the hash that vouches for the wrong bytes.
-			for file, content := range map[string][]byte{
-				"data":      left,
-				"startedat": []byte("2026-01-31T12:00:00Z"),
-				fmt.Sprintf("hashstates/sha256/%d", len(left)): []byte("nonsense"),
-			} {
-				if err := os.WriteFile(filepath.Join(dir, file), content, 0o666); err != nil {
-					t.Fatal(err)
-				}
-			}
-			stale := filepath.Join(root, uploads("app"), uploadID("sha256:"+"00"))
-			client := filepath.Join(root, uploads("app"), "0b1c7f3e-5a0a-4b52-9c1d-2f1f6f0c9a11")
-			for _, dir := range []string{stale, client} {
-				if err := os.MkdirAll(dir, 0o777); err != nil {
-					t.Fatal(err)
-				}
-			}
 			p.reset()
-			f := newFixtureAt(t, root, p, func(c *Config) { c.Repositories = exactly("app", "other") })
-			p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
-				if r.URL.Path == "/v2/other/tags/list" {
-					_ = json.NewEncoder(w).Encode(map[string]any{"tags": []string{}})
-					return true
+			f := newFixtureAt(t, root, p, func(c *Config) { c.Repositories = exactly("app") })
+			for _, begun := range []struct {
+				digest digest.Digest
+				bytes  []byte
+			}{{layer, tt.left}, {digest.FromString("unwanted"), make([]byte, 1000)}} {
+				partial, err := f.store.OpenPartial(begun.digest, int64(size), 1<<20)
+				if err != nil {
+					t.Fatal(err)
 				}
-				return false
-			})
+				if err := errors.Join(partial.Write(0, begun.bytes), partial.Close()); err != nil {
+					t.Fatal(err)
+				}
+			}
 			f.mustSync(t)
 			f.verifyHere(t, "app", d, nil)
 			p.mu.Lock()
-			sent := p.sent[digestOf(t, layers[0]).String()]
+			sent := p.sent[layer.String()]
 			p.mu.Unlock()
-			want := map[string]int64{"complete": 0, "begun": int64(size / 2), "wrong": int64(size/2 + size)}[name]
-			if _, ok := map[string]bool{"complete": true, "begun": true, "wrong": true}[name]; !ok {
-				want = int64(size)
+			if sent != int64(tt.want) {
+				t.Errorf("%d bytes were sent, want %d", sent, tt.want)
 			}
-			if sent != want {
-				t.Errorf("%d bytes were sent, want %d", sent, want)
-			}
-			if left := f.uploadsLeft(t, "app"); len(left) != 1 || filepath.Base(left[0]) != filepath.Base(client) {
-				t.Errorf("uploads left: %s; want the client's own alone", left)
-			}
-			if left := f.uploadsLeft(t, "other"); len(left) != 0 {
-				t.Errorf("uploads left: %s", left)
+			if left := f.partialsLeft(t); len(left) > 0 {
+				t.Errorf("left: %s", left)
 			}
 		})
 	}
@@ -412,8 +408,8 @@ func TestSyncFullDisk(t *testing.T) {
 	if f.tagDigest(t, "small", "1") != digestOf(t, small) || f.tagDigest(t, "large", "1") != "" {
 		t.Error("wrong tags here")
 	}
-	if left := f.uploadsLeft(t, "large"); len(left) != 0 {
-		t.Errorf("uploads left: %s", left)
+	if left := f.partialsLeft(t); len(left) != 0 {
+		t.Errorf("left: %s", left)
 	}
 	p.reset()
 	f.mustSync(t)
@@ -499,16 +495,19 @@ func TestEnsureTriesOtherRepositories(t *testing.T) {
 	})
 	f := newFixture(t, p)
 	r := f.newRun()
-	defer r.parent.close()
+	defer r.close()
 	desc := v1.Descriptor{Digest: digestOf(t, base), Size: 10_000}
+	ensure := func(repository string) error {
+		return r.fetcher.ensure(t.Context(), r.newRepository(r.origins[0], repository, repository, nil, nil), desc, priority{repository: repository})
+	}
 	var wg sync.WaitGroup
 	var secretErr error
-	wg.Go(func() { secretErr = r.fetcher.ensure(t.Context(), "secret", desc) })
+	wg.Go(func() { secretErr = ensure("secret") })
 	for len(p.asked("/v2/secret/blobs/")) == 0 {
 		time.Sleep(time.Millisecond) // until the first is in flight
 	}
 	wg.Go(func() {
-		if err := r.fetcher.ensure(t.Context(), "open", desc); err != nil {
+		if err := ensure("open"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -576,32 +575,20 @@ func testSyncWrongBlobIsPutOff(t *testing.T) {
 	f.mustSync(t) // by hand: at once
 }
 
-func TestUploadID(t *testing.T) {
-	id := uploadID("sha256:" + "ab")
-	if !isUploadID(id) || id != uploadID("sha256:ab") || id == uploadID("sha256:ac") {
-		t.Error(id)
-	}
-	for _, other := range []string{"", "0b1c7f3e-5a0a-4b52-9c1d-2f1f6f0c9a11", "current"} {
-		if isUploadID(other) {
-			t.Errorf("%s is taken for ours", other)
-		}
-	}
-}
-
 // What an earlier process left is found also when the parent was away at first.
 func TestSyncResumesWhenTheParentIsBack(t *testing.T) {
 	p := newTestParent(t)
 	layer := testLayer(1, 200_000)
 	p.pushImage(t, "app:1", testImage(t, "x", layer))
 	root := t.TempDir()
-	dir := filepath.Join(root, uploads("app"), uploadID(digestOf(t, layer)))
-	if err := os.MkdirAll(dir, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "data"), seeded(1, 200_000)[:150_000], 0o666); err != nil {
-		t.Fatal(err)
-	}
 	f := newFixtureAt(t, root, p, func(c *Config) { c.Repositories = exactly("app") })
+	partial, err := f.store.OpenPartial(digestOf(t, layer), 200_000, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(partial.Write(0, seeded(1, 200_000)[:150_000]), partial.Close()); err != nil {
+		t.Fatal(err)
+	}
 	p.setFault(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
 	f.limits.attempts = 1
 	if _, err := f.Sync(t.Context(), v1alpha1.SyncTriggerInitial); err == nil {

@@ -3,6 +3,7 @@ package syncer
 import (
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
@@ -14,20 +15,23 @@ type selection []selector
 // selector is one entry of spec.repositories.
 type selector struct {
 	repository v1alpha1.Glob
+	prefix     string                // of the names here; "": none
 	include    []v1alpha1.TagPattern // empty: every tag
 	exclude    []v1alpha1.TagPattern
 	newest     int // 0: all of them
 	platforms  platforms
 }
 
-func newSelection(entries []v1alpha1.Repository) (selection, error) {
+// newSelection prepares entries whose repositories are called here by what
+// stands behind prefix and their own prefix.
+func newSelection(prefix string, entries []v1alpha1.Repository) (selection, error) {
 	var s selection
 	for _, entry := range entries {
 		name, err := v1alpha1.ParseGlob(entry.Name)
 		if err != nil {
 			return nil, fmt.Errorf("repository %q %w", entry.Name, err)
 		}
-		sel := selector{repository: name, newest: entry.Tags.Newest, platforms: entry.Platforms}
+		sel := selector{repository: name, prefix: path.Join(prefix, entry.Prefix), newest: entry.Tags.Newest, platforms: entry.Platforms}
 		if sel.include, err = parseTags(entry.Tags.Include); err != nil {
 			return nil, fmt.Errorf("tags of repository %s: %w", entry.Name, err)
 		}
@@ -67,26 +71,15 @@ func (s selection) exact() []string {
 	return slices.Compact(names)
 }
 
-// wild are the globs that select repositories out of the parent's catalogue.
-func (s selection) wild() []v1alpha1.Glob {
-	var globs []v1alpha1.Glob
+// wild are the entries that select repositories out of the parent's catalogue.
+func (s selection) wild() selection {
+	var wild selection
 	for _, sel := range s {
 		if !sel.repository.Literal() {
-			globs = append(globs, sel.repository)
+			wild = append(wild, sel)
 		}
 	}
-	return globs
-}
-
-// of is the part of the selection that is about one repository.
-func (s selection) of(repository string) selection {
-	var part selection
-	for _, sel := range s {
-		if sel.repository.Match(repository) {
-			part = append(part, sel)
-		}
-	}
-	return part
+	return wild
 }
 
 // named are the tags that are selected by their names alone. ok is false when

@@ -42,7 +42,7 @@ func TestSelectionTags(t *testing.T) {
 		"platforms": {[]v1alpha1.Repository{on(tags("edge;latest", "", 0), "linux/arm64"), on(tags("edge", "", 0), "linux/amd64", "linux/arm64"), on(tags("latest", "", 0)), on(tags("latest", "", 0), "linux/s390x")},
 			"edge=linux/amd64,linux/arm64 latest"},
 	} {
-		s, err := newSelection(tt.entries)
+		s, err := newSelection("", tt.entries)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -62,7 +62,7 @@ func TestSelectionTags(t *testing.T) {
 
 func TestSelectionNamed(t *testing.T) {
 	for include, want := range map[string]bool{"": false, "a": true, "a*": false, "regex:a": false, "semver:1": false} {
-		s, err := newSelection([]v1alpha1.Repository{{Name: "app", Tags: v1alpha1.Tags{Include: strings.Fields(include), Newest: 1}}})
+		s, err := newSelection("", []v1alpha1.Repository{{Name: "app", Tags: v1alpha1.Tags{Include: strings.Fields(include), Newest: 1}}})
 		if err != nil {
 			t.Fatal(err)
 		}

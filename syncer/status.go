@@ -74,9 +74,8 @@ func withCounts(status v1alpha1.RepositoryStatus, before []v1alpha1.RepositorySt
 	return status
 }
 
-// begin makes r the synchronisation under way. It reports whether unfinished
-// uploads of an earlier process are still to be looked for.
-func (s *Syncer) begin(r *run, trigger v1alpha1.SyncTrigger, start time.Time) (resume bool) {
+// begin makes r the synchronisation under way.
+func (s *Syncer) begin(r *run, trigger v1alpha1.SyncTrigger, start time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.running = r
@@ -90,14 +89,12 @@ func (s *Syncer) begin(r *run, trigger v1alpha1.SyncTrigger, start time.Time) (r
 		result.LastSuccessfulSyncEndTime = s.last.RegistrySyncResult.LastSuccessfulSyncEndTime
 	}
 	s.last.RegistrySyncResult = result
-	return !s.resumed
 }
 
 // end makes the outcome of a synchronisation the status.
 func (s *Syncer) end(result Result, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.resumed = s.resumed || s.running.err == nil
 	s.silent = s.running.silences()
 	s.running = nil
 	s.last.ConnectionState = connectionState(result, err)

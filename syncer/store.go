@@ -2,15 +2,11 @@ package syncer
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
-	"path"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/distribution/distribution/v3"
 	dstorage "github.com/distribution/distribution/v3/registry/storage"
@@ -18,22 +14,15 @@ import (
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // store is this registry's content as a synchronisation reads and writes it.
 // Its errors are about the storage, not about the parent.
 type store struct {
 	namespace distribution.Namespace
-	driver    driver.StorageDriver
-
-	mu sync.Mutex
-	// partial says in which repository an unfinished upload of ours is, by its
-	// id. guarded by mu
-	partial map[string]string
-}
-
-func newStore(namespace distribution.Namespace, driver driver.StorageDriver) *store {
-	return &store{namespace: namespace, driver: driver, partial: make(map[string]string)}
+	content   *storage.Store
 }
 
 func (s *store) repository(ctx context.Context, name string) (distribution.Repository, error) {
@@ -80,8 +69,10 @@ func writing(what string, err error) error {
 // if the error does not name a file of that.
 func inDirectory(err error) string {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
-		if root, _, ok := strings.Cut(e.Path, treeRoot+"/"); ok {
-			return " in " + root
+		for _, inside := range []string{"/docker/registry/v2/", "/partial/"} {
+			if root, _, ok := strings.Cut(e.Path, inside); ok {
+				return " in " + root
+			}
 		}
 	}
 	return ""
@@ -284,149 +275,7 @@ func (s *store) repositories(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
-// treeRoot is where distribution keeps everything, below the data directory.
-const treeRoot = "/docker/registry/v2"
-
-// uploads is where distribution keeps the uploads of a repository that are under
-// way, each in a directory called by its id.
-func uploads(repository string) string {
-	return treeRoot + "/repositories/" + repository + "/_uploads"
-}
-
-// uploadID is the id of our upload of a blob: always the same for the same blob,
-// so that what a process that was killed had fetched is found again without a
-// record of it. It is a UUID of version 8, which clients' uploads never have,
-// and which distribution's purging of old uploads takes for what it is.
-func uploadID(d digest.Digest) string {
-	id := sha256.Sum256([]byte("connected-registry upload of " + d.String()))
-	id[6] = id[6]&0x0f | 0x80
-	id[8] = id[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:16])
-}
-
-func isUploadID(id string) bool {
-	return len(id) == 36 && id[14] == '8' && strings.Count(id, "-") == 4
-}
-
-// findPartial takes note of the uploads that an earlier process left unfinished
-// in a repository.
-func (s *store) findPartial(ctx context.Context, repository string) error {
-	dirs, err := s.driver.List(ctx, uploads(repository))
-	if isPathNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("looking for unfinished uploads of %s: %w", repository, err)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, dir := range dirs {
-		if id := path.Base(dir); isUploadID(id) {
-			s.partial[id] = repository
-		}
-	}
-	return nil
-}
-
 func isPathNotFound(err error) bool {
 	_, ok := errors.AsType[driver.PathNotFoundError](err)
 	return ok
-}
-
-// upload is a blob on its way into a repository.
-type upload struct {
-	distribution.BlobWriter
-	store      *store
-	repository string
-	id         string
-}
-
-// openUpload goes on with the upload of a blob where it stopped, or begins one.
-// It may be that of another repository, which also wants the blob.
-func (s *store) openUpload(ctx context.Context, repository string, d digest.Digest) (*upload, error) {
-	id := uploadID(d)
-	s.mu.Lock()
-	if home, ok := s.partial[id]; ok {
-		repository = home
-	}
-	s.partial[id] = repository
-	s.mu.Unlock()
-	u := &upload{store: s, repository: repository, id: id}
-	if err := u.open(ctx, time.Now()); err != nil {
-		return nil, storing(repository, d, err)
-	}
-	return u, nil
-}
-
-func (u *upload) open(ctx context.Context, now time.Time) error {
-	dir := uploads(u.repository) + "/" + u.id
-	if _, err := u.store.driver.Stat(ctx, dir+"/startedat"); isPathNotFound(err) {
-		err = u.store.driver.PutContent(ctx, dir+"/startedat", []byte(now.UTC().Format(time.RFC3339)))
-		if err != nil {
-			return err
-		}
-	} else if err != nil {
-		return err
-	}
-	// A saved state of the hash would vouch for bytes that a power failure may
-	// have taken. Without one, Commit hashes what is there.
-	if err := u.store.driver.Delete(ctx, dir+"/hashstates"); err != nil && !isPathNotFound(err) {
-		return err
-	}
-	repo, err := u.store.repository(ctx, u.repository)
-	if err != nil {
-		return err
-	}
-	// The writer keeps the context. What was fetched must reach the file also
-	// when the synchronisation is being stopped.
-	u.BlobWriter, err = repo.Blobs(context.WithoutCancel(ctx)).Resume(ctx, u.id)
-	return err
-}
-
-// commit verifies the upload against its digest and puts it in place. It closes
-// the upload.
-func (u *upload) commit(ctx context.Context, desc v1.Descriptor) error {
-	if _, err := u.Commit(ctx, v1.Descriptor{Digest: desc.Digest, MediaType: "application/octet-stream"}); err != nil {
-		return err
-	}
-	u.store.forget(u.id)
-	return nil
-}
-
-// discard closes the upload and removes it.
-func (u *upload) discard(ctx context.Context) error {
-	// The writer's own Cancel would do, but for the error that it always logs.
-	// On a full disk Close cannot save the state of the hash and leaves the file
-	// open, which Cancel then does not.
-	if u.Close() != nil {
-		_ = u.Cancel(ctx)
-	}
-	err := u.store.driver.Delete(ctx, uploads(u.repository)+"/"+u.id)
-	if err != nil && !isPathNotFound(err) {
-		return fmt.Errorf("removing an upload of %s: %w", u.repository, err)
-	}
-	u.store.forget(u.id)
-	return nil
-}
-
-func (s *store) forget(id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.partial, id)
-}
-
-// removePartial removes the unfinished uploads that nothing wanted any more.
-func (s *store) removePartial(ctx context.Context) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var errs []error
-	for id, repository := range s.partial {
-		err := s.driver.Delete(ctx, uploads(repository)+"/"+id)
-		if err != nil && !isPathNotFound(err) {
-			errs = append(errs, fmt.Errorf("removing an unfinished upload of %s: %w", repository, err))
-			continue
-		}
-		delete(s.partial, id)
-	}
-	return errors.Join(errs...)
 }

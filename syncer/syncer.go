@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -20,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // Config is what a Syncer needs. Store, Driver and Parent.Endpoint are required.
@@ -33,13 +33,29 @@ type Config struct {
 	Parent Parent
 	// Repositories select the content. Empty: nothing.
 	Repositories []v1alpha1.Repository
+	// Upstreams are further registries that content comes from. Parent.Endpoint
+	// may be empty when there are some.
+	Upstreams []Upstream
 	// Schedule is a cron line of five fields in UTC; see
 	// v1alpha1.ParseSchedule. Empty: every minute.
 	Schedule string
 	// Window bounds one synchronisation. 0: no bound.
 	Window time.Duration
-	// Concurrency is how many blobs are fetched at once. 0: 6.
+	// Concurrency is how many requests for blobs are under way at once: for
+	// several blobs, and for several chunks of one. 0: 6.
 	Concurrency int
+	// ChunkSize is how many bytes of a blob one request asks for. 0: 16 MiB.
+	ChunkSize int64
+	// MaxBandwidth is how many bytes of blobs come in a second, from all
+	// registries together. 0: no limit.
+	MaxBandwidth int64
+	// MaxRequestsPerHour is how many requests each registry is asked in any hour;
+	// what does not fit waits. Not counted are its token service, and the storage
+	// that it redirects to. 0: no limit but its own.
+	MaxRequestsPerHour int
+	// OnDemand brings what replicas ask for before everything else, while Run
+	// runs; see OnDemand.
+	OnDemand bool
 	// Referrers brings signatures, attestations and other referrers too.
 	Referrers bool
 	// DeletePropagation removes tags that are gone at the parent or no longer
@@ -75,6 +91,20 @@ type Parent struct {
 	// OAuth2 refresh token.
 	Username string
 	Password string
+	// Credentials gives the username and password, in the place of those, each
+	// time that they are needed: for credentials that do not last. Its errors are
+	// one line that names the remedy. nil: Username and Password hold.
+	Credentials func(context.Context) (username, password string, err error)
+}
+
+// Upstream is a registry besides the parent.
+type Upstream struct {
+	Parent
+	// Prefix stands before the names that its repositories have here. Empty:
+	// they keep theirs.
+	Prefix string
+	// Repositories select its content.
+	Repositories []v1alpha1.Repository
 }
 
 // EventKind says what an Event is about.
@@ -161,26 +191,32 @@ type RepositoryResult struct {
 // Syncer brings content from a parent. Its methods may be called from several
 // goroutines; synchronisations run one after another.
 type Syncer struct {
-	config    Config
-	selection selection
-	schedule  v1alpha1.Schedule
-	store     *store
-	limits    limits
-	metrics   *metrics
+	config Config
+	// upstreams are the parent and the Upstreams; selections and paces belong to
+	// them by their order.
+	upstreams  []Upstream
+	selections []selection
+	paces      []*pace
+	schedule   v1alpha1.Schedule
+	store      *store
+	limits     limits
+	bandwidth  *bandwidth
+	metrics    *metrics
 	// dial opens connections to the parent. nil: as net does; tests have a
 	// network of their own, whose time is theirs, too.
-	dial func(ctx context.Context, network, address string) (net.Conn, error)
+	dial dialer
 
 	// What is remembered from one synchronisation to the next.
-	checked    *checks
-	distrusted *distrust
+	fetcher *fetcher
+	checked *checks
+	etags   *etags
+	wanted  *wanted
 
 	turn   chan struct{}     // holds a value while a synchronisation runs
 	logged map[string]string // the last problem of each repository; for the holder of turn
 	held   map[string]string // why its removals were held last; for the holder of turn
 
 	mu      sync.Mutex      // guards what follows
-	resumed bool            // unfinished uploads have been looked for
 	last    v1alpha1.Status // as of the last synchronisation that ended
 	running *run            // nil between synchronisations
 	silent  map[string]bool // repositories of which the parent listed no tag last
@@ -194,10 +230,16 @@ func New(config Config) (*Syncer, error) {
 		return nil, errors.New("syncer: Store is required")
 	case config.Driver == nil:
 		return nil, errors.New("syncer: Driver is required")
-	case config.Parent.Endpoint == "":
+	case storage.StoreOf(config.Driver) == nil:
+		return nil, errors.New("syncer: Driver is not that of a storage.Store")
+	case config.Parent.Endpoint == "" && len(config.Upstreams) == 0:
 		return nil, errors.New("syncer: Parent.Endpoint is required")
-	case strings.ContainsAny(config.Parent.Endpoint, "/@"):
-		return nil, errors.New("syncer: Parent.Endpoint must be a host with or without a port")
+	case config.ChunkSize < 0:
+		return nil, errors.New("syncer: ChunkSize is negative")
+	case config.MaxBandwidth < 0:
+		return nil, errors.New("syncer: MaxBandwidth is negative")
+	case config.MaxRequestsPerHour < 0:
+		return nil, errors.New("syncer: MaxRequestsPerHour is negative")
 	case config.Concurrency < 0:
 		return nil, errors.New("syncer: Concurrency is negative")
 	case config.Window < 0:
@@ -207,65 +249,109 @@ func New(config Config) (*Syncer, error) {
 	}
 	config.Concurrency = cmp.Or(config.Concurrency, v1alpha1.DefaultConcurrency)
 	config.MaxRemovals = cmp.Or(config.MaxRemovals, v1alpha1.DefaultMaxRemovals)
+	config.ChunkSize = cmp.Or(config.ChunkSize, v1alpha1.DefaultChunkSizeInMb<<20)
 	config.Logger = cmp.Or(config.Logger, slog.New(slog.DiscardHandler))
 	schedule, err := v1alpha1.ParseSchedule(cmp.Or(config.Schedule, v1alpha1.DefaultSchedule))
 	if err != nil {
 		return nil, fmt.Errorf("syncer: Schedule: %w", err)
 	}
-	selection, err := newSelection(config.Repositories)
-	if err != nil {
-		return nil, fmt.Errorf("syncer: Repositories: %w", err)
-	}
 	metrics, err := newMetrics(config.Metrics)
 	if err != nil {
 		return nil, fmt.Errorf("syncer: Metrics: %w", err)
 	}
-	return &Syncer{
-		config:     config,
-		selection:  selection,
-		schedule:   schedule,
-		store:      newStore(config.Store, config.Driver),
-		limits:     defaultLimits(),
-		metrics:    metrics,
-		checked:    newChecks(),
+	s := &Syncer{
+		config:    config,
+		schedule:  schedule,
+		store:     &store{config.Store, storage.StoreOf(config.Driver)},
+		limits:    defaultLimits(),
+		bandwidth: newBandwidth(config.MaxBandwidth),
+		metrics:   metrics,
+		checked:   newChecks(),
+		etags:     newETags(),
+		wanted:    newWanted(),
+		turn:      make(chan struct{}, 1),
+		logged:    make(map[string]string),
+		held:      make(map[string]string),
+		last:      takenOver(config.Before),
+	}
+	s.fetcher = &fetcher{
+		store:      s.store,
+		queue:      newQueue(config.Concurrency),
+		streams:    config.Concurrency,
+		chunk:      config.ChunkSize,
 		distrusted: newDistrust(),
-		turn:       make(chan struct{}, 1),
-		logged:     make(map[string]string),
-		held:       make(map[string]string),
-		last:       takenOver(config.Before),
-	}, nil
+		flights:    make(map[digest.Digest]*flight),
+	}
+	if err := s.addUpstreams(); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
-// newRun prepares a synchronisation. Its parent must be closed.
+// addUpstreams prepares the registries that content comes from.
+func (s *Syncer) addUpstreams() error {
+	all := s.config.Upstreams
+	if s.config.Parent.Endpoint != "" {
+		all = append([]Upstream{{Parent: s.config.Parent, Repositories: s.config.Repositories}}, all...)
+	}
+	for _, from := range all {
+		if from.Endpoint == "" || strings.ContainsAny(from.Endpoint, "/@") {
+			return errors.New("syncer: Parent.Endpoint must be a host with or without a port")
+		}
+		selection, err := newSelection(from.Prefix, from.Repositories)
+		if err != nil {
+			return fmt.Errorf("syncer: Repositories: %w", err)
+		}
+		s.paces = append(s.paces, s.paceOf(from.Endpoint))
+		s.upstreams = append(s.upstreams, from)
+		s.selections = append(s.selections, selection)
+	}
+	return nil
+}
+
+// paceOf is the pace at which a registry is asked: one for each, however many
+// upstreams it is.
+func (s *Syncer) paceOf(endpoint string) *pace {
+	for i, other := range s.upstreams {
+		if other.Endpoint == endpoint {
+			return s.paces[i]
+		}
+	}
+	return &pace{perHour: s.config.MaxRequestsPerHour}
+}
+
+// newRun prepares a synchronisation. It must be closed.
 func (s *Syncer) newRun() *run {
 	r := &run{
-		selection:   s.selection,
-		parent:      newParent(s.config.Parent, s.limits, s.config.Logger),
+		origins:     s.origins(),
 		store:       s.store,
+		fetcher:     s.fetcher,
 		referrers:   s.config.Referrers,
 		removing:    s.config.DeletePropagation,
 		maxRemovals: s.config.MaxRemovals,
 		checked:     s.checked,
+		etags:       s.etags,
 		progress:    s.config.Progress,
 		log:         s.config.Logger,
-		images:      make(chan struct{}, s.config.Concurrency),
 	}
 	s.mu.Lock()
 	r.silentBefore = s.silent
 	s.mu.Unlock()
-	if s.dial != nil {
-		r.parent.transport.DialContext = s.dial
-	}
-	r.fetcher = &fetcher{
-		parent:     r.parent,
-		store:      s.store,
-		limits:     s.limits,
-		slots:      make(chan struct{}, s.config.Concurrency),
-		notify:     r.event,
-		distrusted: s.distrusted,
-		flights:    make(map[digest.Digest]*flight),
-	}
 	return r
+}
+
+func (r *run) close() {
+	for _, o := range r.origins {
+		o.parent.close()
+	}
+}
+
+// received is how many bytes the registries sent.
+func (r *run) received() (bytes int64) {
+	for _, o := range r.origins {
+		bytes += o.parent.received.Load()
+	}
+	return bytes
 }
 
 // errWindow is the cause that a synchronisation's context ends with when its
@@ -289,7 +375,7 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 	}
 	if trigger == v1alpha1.SyncTriggerManual {
 		s.checked.clear()
-		s.distrusted.clear()
+		s.fetcher.distrusted.clear()
 	}
 	if s.config.Window > 0 {
 		var cancel context.CancelFunc
@@ -298,10 +384,10 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 	}
 	r := s.newRun()
 	r.manual = trigger == v1alpha1.SyncTriggerManual
-	defer r.parent.close()
+	defer r.close()
 	start := time.Now()
-	resume := s.begin(r, trigger, start)
-	r.sync(ctx, resume)
+	s.begin(r, trigger, start)
+	r.sync(ctx)
 	result, err := s.finish(ctx, r, trigger, start)
 	s.report(ctx, result)
 	return result, err
@@ -310,10 +396,12 @@ func (s *Syncer) Sync(ctx context.Context, trigger v1alpha1.SyncTrigger) (Result
 // finish sums a synchronisation up, clears away what it left, and makes the
 // outcome the status.
 func (s *Syncer) finish(ctx context.Context, r *run, trigger v1alpha1.SyncTrigger, start time.Time) (Result, error) {
-	result := Result{Trigger: trigger, State: v1alpha1.SyncStateSucceeded, Start: start, BytesFetched: r.parent.received.Load()}
+	result := Result{Trigger: trigger, State: v1alpha1.SyncStateSucceeded, Start: start, BytesFetched: r.received()}
 	var errs []error
-	if r.err != nil {
-		errs = append(errs, r.err)
+	for _, err := range []error{r.unasked(), r.err} {
+		if err != nil {
+			errs = append(errs, err)
+		}
 	}
 	for _, repo := range r.repositories {
 		res := repo.result()
@@ -323,8 +411,9 @@ func (s *Syncer) finish(ctx context.Context, r *run, trigger v1alpha1.SyncTrigge
 		}
 	}
 	if len(errs) == 0 && ctx.Err() == nil {
-		if err := r.store.removePartial(ctx); err != nil {
-			errs = append(errs, err)
+		// What was begun and nothing wants any more.
+		if _, err := r.store.content.RemovePartials(); err != nil {
+			errs = append(errs, writing("removing unfinished transfers", err))
 		}
 	}
 	err := joinOnce(errs)
@@ -406,7 +495,7 @@ func (s *Syncer) report(ctx context.Context, result Result) {
 func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 	r := s.newRun()
 	r.manual = true
-	defer r.parent.close()
+	defer r.close()
 	repositories := r.find(ctx)
 	var g errgroup.Group
 	g.SetLimit(parallelRepositories)
@@ -436,7 +525,7 @@ func (s *Syncer) Plan(ctx context.Context) (*Plan, error) {
 	if len(plans) > 0 && !slices.ContainsFunc(plans, func(p RepositoryPlan) bool { return !isUnreachable(p.Err) }) {
 		return nil, plans[0].Err
 	}
-	if r.removing && r.err == nil {
+	if r.removing && r.unasked() == nil {
 		rest, err := r.planUnselected(ctx)
 		if err != nil {
 			return nil, err
@@ -492,8 +581,22 @@ func (s *Syncer) Run(ctx context.Context) error {
 	if s.Status().LastSyncTime != nil {
 		first = v1alpha1.SyncTriggerEvent
 	}
-	return recur(ctx, first, s.schedule, s.setNext, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
-		// The error has been logged, and is in the status.
-		_, _ = s.Sync(ctx, trigger)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.serveWishes(ctx) })
+	if s.config.OnDemand {
+		g.Go(func() error {
+			if err := s.watchWishes(ctx); err != nil {
+				// Everything comes on schedule all the same.
+				s.config.Logger.Error("replicas cannot ask for anything", "error", err)
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		return recur(ctx, first, s.schedule, s.setNext, func(ctx context.Context, trigger v1alpha1.SyncTrigger) {
+			// The error has been logged, and is in the status.
+			_, _ = s.Sync(ctx, trigger)
+		})
 	})
+	return g.Wait()
 }
