@@ -26,6 +26,7 @@ var mayImport = map[string][]string{
 	"registry/cache":      {"trust", "api/v1alpha1", "storage"},
 	"syncer":              {"trust", "api/v1alpha1", "storage"},
 	"syncer/certificates": {"trust", "api/v1alpha1"},
+	"syncer/notify":       {"api/v1alpha1"},
 	"syncer/controller":   {"api/v1alpha1", "clienttoken", "trust", "storage", "syncer", "syncer/certificates"},
 	"standalone":          {"archive", "clienttoken", "trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
 }
