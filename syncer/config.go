@@ -57,6 +57,8 @@ type Source struct {
 	Namespace string
 	// Server is the URL that its API is found at.
 	Server string
+	// Gateway is the host that a connection string names. Empty: there is none.
+	Gateway string
 	// Bundle is what its certificate is verified against. Empty: the system's
 	// roots.
 	Bundle trust.Bundle
@@ -171,6 +173,7 @@ func (r resolver) connectionString(s *Source, name string) error {
 	}
 	s.Endpoint, s.Insecure = cs.LoginServer(), cs.ParentEndpointProtocol == "http"
 	s.Username, s.Password = cs.SyncTokenName, cs.SyncTokenPassword
+	s.Gateway = cs.ParentGatewayEndpoint
 	return nil
 }
 

@@ -46,6 +46,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		exportCommand(),
 		importCommand(),
 		registryCommand(),
+		syncerCommand(),
 		agentCommand(),
 		probeCommand(),
 		versionCommand(),
