@@ -69,7 +69,8 @@ type Result struct {
 	// CABundle holds the CA certificates that nodes are made to trust, in PEM:
 	// all that are published. Empty: none are needed or known.
 	CABundle []byte
-	// Conditions are ConditionCertificateReady and ConditionTrustDistributed.
+	// Conditions are ConditionCertificateReady and ConditionTrustDistributed,
+	// without the time of their last transition.
 	Conditions []metav1.Condition
 	// Events are to be raised on the resource; each tells of a change and is
 	// returned once.
@@ -87,7 +88,8 @@ type Event struct {
 }
 
 // Reconciler brings certificates and trust to where they should be, a step at a
-// time. It keeps nothing that its successor would miss.
+// time. It keeps nothing that its successor would miss. Make a new one for every
+// term of leadership.
 type Reconciler struct {
 	config Config
 	mu     sync.Mutex // one call at a time
@@ -114,13 +116,24 @@ func New(config Config) (*Reconciler, error) {
 	return &Reconciler{config: config}, nil
 }
 
-// memory is what only saves work.
-type memory struct{}
-
 // Reconcile looks at what is there, makes the next step, and says where things
 // stand. What cannot go on because of what the operator gave stands in the
 // conditions; an error is a fault of the way to the API server, or a write that
-// lost against another's, and the call is to be repeated.
+// lost against another's, and the call is to be repeated. Whatever it returned
+// before, it may be called at any time.
 func (r *Reconciler) Reconcile(ctx context.Context, cr *v1alpha1.ConnectedRegistry, service Service) (Result, error) {
-	return Result{}, fmt.Errorf("reconciling certificates of %s/%s: not there yet", cr.Namespace, cr.Name)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.memory.of != cr.UID {
+		r.memory = memory{of: cr.UID}
+	}
+	call := &run{
+		Config: r.config, memory: &r.memory, cr: cr, service: service, now: r.config.Now(),
+		hosts: hosts(service, cr.Namespace, r.config.ClusterDomain, cr.Spec.LoginServer),
+	}
+	result, err := call.run(ctx)
+	if err != nil {
+		return Result{}, fmt.Errorf("certificates of %s/%s: %w", cr.Namespace, cr.Name, err)
+	}
+	return result, nil
 }
