@@ -328,6 +328,14 @@ func TestBlobComesBackFromLimbo(t *testing.T) {
 	if _, err := os.Lstat(s.path(blobPath(d))); err != nil {
 		t.Error(err)
 	}
+	// And so does one whose link nobody but the collector has looked at.
+	if err := s.condemn(filepath.Dir(blobPath(d))); err != nil {
+		t.Fatal(err)
+	}
+	collectAll(t, s)
+	if _, err := os.Lstat(s.path(blobPath(d))); err != nil {
+		t.Error(err)
+	}
 	gone := digest.FromString("gone")
 	if err := s.Driver().PutContent(t.Context(), linkPath(repositoriesRoot+"b/_layers/", gone), []byte(gone)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("linked to what is not there: %v", err)
