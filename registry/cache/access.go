@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 )
 
 // request is what a client asks, with everything that is needed to answer it
@@ -23,6 +24,7 @@ type request struct {
 	header    http.Header // of the client's request
 	pseudonym string      // in Via
 	faults    *faults
+	limit     *rate.Limiter // of its downloads while no other reader waits; nil: none
 }
 
 // about returns the request for d in the same repository.

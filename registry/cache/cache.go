@@ -142,6 +142,10 @@ func (c *Cache) Run(ctx context.Context) error {
 		c.keepHouse(running, d)
 		return nil
 	})
+	g.Go(func() error {
+		d.store.scrub(running)
+		return nil
+	})
 	if c.cfg.Listener != nil {
 		c.serveListener(running, g, c.cfg.Listener, c)
 	}

@@ -60,6 +60,10 @@ type Config struct {
 	// http.Handler by whoever made it.
 	Listener net.Listener
 
+	// NodeCredential returns the node's own credentials at a registry, for
+	// Prefetch; an empty user means none. nil: there are none.
+	NodeCredential func(host string) (user, password string)
+
 	// Peer lets nodes take blobs from one another. nil: they do not.
 	Peer *PeerConfig
 

@@ -37,6 +37,23 @@ func allocate(f *os.File, offset, n int64) error {
 	}
 }
 
+// idlePriority makes the calling thread, which the caller has locked, use disk
+// and processor only when nobody else does. Where that is not possible, it
+// stays as it was.
+func idlePriority() {
+	const (
+		whoProcess = 1 // IOPRIO_WHO_PROCESS: with 0, the calling thread
+		classIdle  = 3 << 13
+	)
+	_, _, _ = unix.Syscall(unix.SYS_IOPRIO_SET, whoProcess, 0, classIdle)
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
+}
+
+// forget drops what the kernel holds of the file in memory.
+func forget(f *os.File) {
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+}
+
 // accessTime returns the time of the last use in Unix seconds.
 func accessTime(fi fs.FileInfo) int64 {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {

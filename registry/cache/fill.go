@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 )
 
 // fill is the download of one blob that any number of readers follow.
@@ -93,6 +94,19 @@ func (f *fill) awaitSize(ctx context.Context) (int64, error) {
 		err = f.err
 	}
 	return f.size, err
+}
+
+// awaitEnd blocks until the blob is in the store, or will not be.
+func (f *fill) awaitEnd(ctx context.Context) error {
+	var failure error
+	err := f.await(ctx, func() bool {
+		failure = f.err
+		return f.state == finished || f.state == failed
+	})
+	if err == nil {
+		err = failure
+	}
+	return err
 }
 
 // awaitStart blocks until there is something to read at pos, or nothing at all
@@ -263,7 +277,7 @@ func (c *Cache) download(ctx context.Context, f *fill, rq *request) {
 		return
 	}
 	defer src.close()
-	err = c.transfer(ctx, f, p, src)
+	err = c.transfer(ctx, f, p, src, rq.limit)
 	switch {
 	case err == nil:
 		c.finish(f, p)
@@ -318,8 +332,9 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 	return src, p, nil
 }
 
-// transfer writes the rest of the content.
-func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source) error {
+// transfer writes the rest of the content, within limit as long as it has one
+// reader, who wanted it so.
+func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, limit *rate.Limiter) error {
 	buf := make([]byte, fillChunk)
 	for p.offset < p.size {
 		n, err := src.read(ctx, buf[:min(int64(len(buf)), p.size-p.offset)])
@@ -327,7 +342,13 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source) 
 			if _, err := p.Write(buf[:n]); err != nil {
 				return &storeError{err}
 			}
-			f.update(func() { f.written = p.offset })
+			hurried := false
+			f.update(func() { f.written, hurried = p.offset, f.readers > 1 })
+			if limit != nil && !hurried {
+				if err := limit.WaitN(ctx, n); err != nil {
+					return context.Cause(ctx)
+				}
+			}
 		}
 		if err != nil {
 			return err

@@ -60,6 +60,14 @@ const (
 	doubtWindow = 10 * time.Minute
 	doubtEvery  = time.Hour
 
+	// scrubRate is how fast stored blobs are read again to find decay, in bytes
+	// per second; every blob once in scrubEvery, beginning scrubDelay after the
+	// start. scrubChunk is read at a time.
+	scrubRate  = 4 << 20
+	scrubEvery = 7 * 24 * time.Hour
+	scrubDelay = 10 * time.Minute
+	scrubChunk = 256 << 10
+
 	// rewriteRetry spaces the attempts to write permissions to a failing disk.
 	rewriteRetry = time.Minute
 

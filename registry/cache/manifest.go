@@ -245,16 +245,14 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 		return refuse(http.StatusNotFound, "tags-upstream", "tags of this registry are resolved by itself")
 	}
 	began, budget := time.Now(), c.cfg.Timeouts.Headers
-	key := rq.disk.key.fact("tag", rq.registry.host, rq.repo, rq.tag)
+	key := rq.tagKey()
 	last := rq.disk.notes.tag(key)
 	if last != "" && c.allowedOffline(rq.about(last)) {
 		budget = c.cfg.Timeouts.Tag
 	}
 	d, err := c.resolve(r.Context(), rq, budget)
 	if err == nil {
-		if err := rq.disk.notes.put(key, d.String()); err != nil {
-			c.log.Warn("cannot note what a tag names; it cannot be served offline", "error", err)
-		}
+		c.noteTag(rq, d)
 		m, how, err := c.manifestNow(r.Context(), rq.about(d), c.cfg.Timeouts.Headers-time.Since(began))
 		if err == nil {
 			c.writeManifest(w, r, m, how)
@@ -279,6 +277,17 @@ func (c *Cache) serveTag(w http.ResponseWriter, r *http.Request, rq *request) er
 		}
 	}
 	return rq.offline(err)
+}
+
+func (rq *request) tagKey() factKey {
+	return rq.disk.key.fact("tag", rq.registry.host, rq.repo, rq.tag)
+}
+
+// noteTag remembers what the tag of rq names.
+func (c *Cache) noteTag(rq *request, d digest.Digest) {
+	if err := rq.disk.notes.put(rq.tagKey(), d.String()); err != nil {
+		c.log.Warn("cannot note what a tag names; it cannot be served offline", "error", err)
+	}
 }
 
 // manifestNow returns the manifest of rq, about which the registry was just

@@ -220,11 +220,7 @@ func (s *store) reverify(ctx context.Context, d digest.Digest) error {
 		// Not ours to mark, so that every use would hash it again.
 		return s.discard(d, path, errors.New("it cannot be sealed"))
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if e := s.index[d]; e != nil {
-		e.hashed = time.Now().Unix()
-	}
+	s.hashedNow(d)
 	return nil
 }
 
