@@ -195,10 +195,10 @@ func (b Bundle) Len() int { return len(b.certs) }
 // Fingerprints returns the SHA-256 sum, as 64 hex digits, of each certificate's
 // DER encoding. They are sorted.
 func (b Bundle) Fingerprints() []string {
-	all := make([]string, len(b.certs))
-	for i, c := range b.certs {
+	var all []string
+	for _, c := range b.certs {
 		sum := sha256.Sum256(c.Raw)
-		all[i] = hex.EncodeToString(sum[:])
+		all = append(all, hex.EncodeToString(sum[:]))
 	}
 	return all
 }
