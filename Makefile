@@ -28,9 +28,12 @@ clients:
 e2e:
 	go run -C test/cluster ./cmd/cluster build
 	go test -C test/cluster -race -count=1 -timeout 20m ./...
+	go test -C test/e2e -count=1 -timeout 40m ./...
 
+# A cluster of two nodes with the product on it.
 cluster:
 	@go run -C test/cluster ./cmd/cluster up
+	@go run -C test/e2e ./cmd/install
 
 cluster-down:
 	@go run -C test/cluster ./cmd/cluster down
