@@ -17,6 +17,7 @@ var mayImport = map[string][]string{
 	"api/v1alpha1":        {},
 	"clienttoken":         {"api/v1alpha1"},
 	"trust":               {},
+	"node":                {"trust"},
 	"archive":             {"storage", "api/v1alpha1"},
 	"storage":             {},
 	"agent":               {"trust"},

@@ -30,13 +30,15 @@ type config struct {
 	// values are the merged leaves, and maps the merged tables, by their path.
 	values map[string]setting
 	maps   map[string]bool
+	// v is who reads it.
+	v Version
 }
 
 // loadConfig reads a configuration file and all that it imports, the way
 // containerd of that version does: breadth first, each file once, the latter
 // override.
 func loadConfig(fs files, name string, v Version) (*config, error) {
-	c := &config{values: map[string]setting{}, maps: map[string]bool{}}
+	c := &config{values: map[string]setting{}, maps: map[string]bool{}, v: v}
 	seen := map[string]bool{}
 	for pending := []string{name}; len(pending) > 0; {
 		name, pending = pending[0], pending[1:]
@@ -52,7 +54,7 @@ func loadConfig(fs files, name string, v Version) (*config, error) {
 		if err != nil {
 			return c, err
 		}
-		c.merge(f, v)
+		c.merge(f)
 		imported, err := resolveImports(fs, f)
 		if err != nil {
 			return c, err
@@ -90,8 +92,8 @@ func importPath(from, name string) string {
 
 // merge lets f override what is there. containerd 1 replaces a plugin's table
 // as a whole, containerd 2 value by value.
-func (c *config) merge(f *file, v Version) {
-	if !v.mergesPlugins() {
+func (c *config) merge(f *file) {
+	if !c.v.mergesPlugins() {
 		for m := range f.maps {
 			if parts := strings.Split(m, "\x00"); len(parts) == 2 && parts[0] == "plugins" {
 				inPlugin := func(key string) bool { return key == m || strings.HasPrefix(key, m+"\x00") }
@@ -118,7 +120,10 @@ func (c *config) version() int {
 // plugin returns the name under which this configuration holds the settings
 // that decide about pulls.
 func (c *config) plugin() string {
-	if c.version() > 2 {
+	switch {
+	case c.v.Major == 1:
+		return criPlugin
+	case c.version() > 2:
 		return imagesPlugin
 	}
 	for _, p := range []string{criPlugin, imagesPlugin} {
@@ -218,7 +223,8 @@ func (c *config) localPullByCRI(is func(any) func(any) bool) (setting, bool) {
 
 // unclear says why a configuration that parses is still not understood; empty
 // if it is.
-func (c *config) unclear(v Version) string {
+func (c *config) unclear() string {
+	v := c.v
 	if len(c.files) == 0 {
 		return ""
 	}
@@ -232,6 +238,8 @@ func (c *config) unclear(v Version) string {
 		return fmt.Sprintf("%s is of version %d, of which nothing is known here", main.name, main.version)
 	case main.version > 2 && v.Major == 1:
 		return fmt.Sprintf("%s is of version %d, which containerd 1 does not read", main.name, main.version)
+	case main.version > 3 && v.Major == 2 && v.Minor >= 0 && v.Minor < 3:
+		return fmt.Sprintf("%s is of version %d, which containerd before 2.3 does not read", main.name, main.version)
 	}
 	for _, f := range c.files[1:] {
 		if f.version != 0 && (f.version > 2) != (main.version > 2) && !v.migratesEachFile() {

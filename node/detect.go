@@ -217,7 +217,7 @@ func (d *Detection) findConfiguration(r rootFiles) {
 			Remedy: "containerd does not start with it: put it right by hand"})
 		return
 	}
-	if why := c.unclear(d.version); why != "" {
+	if why := c.unclear(); why != "" {
 		d.find(Finding{Name: "configuration", Value: "not understood", Verdict: Fault, Evidence: &Evidence{File: d.configFile}, Remedy: why})
 		return
 	}
@@ -240,7 +240,7 @@ func (d *Detection) findNoConfiguration() {
 			Remedy: d.layout.name + " writes it at its first start, with its own hosts directory"})
 		return
 	}
-	d.config = &config{}
+	d.config = &config{v: d.version}
 	d.find(Finding{Name: "configuration", Value: "none: containerd's defaults", Verdict: OK, Evidence: &Evidence{File: d.configFile}})
 	d.findHosts()
 }

@@ -21,7 +21,7 @@ type hostsState struct {
 
 // findHosts tells whether containerd reads host configuration at all.
 func (d *Detection) findHosts() {
-	s := d.config.hosts(d.version, d.layout.certsDir)
+	s := d.config.hosts(d.layout.certsDir)
 	f := Finding{Name: "config_path", Value: s.value, Verdict: OK, Remedy: s.remedy}
 	if !s.reads {
 		f.Verdict = Fault
@@ -50,16 +50,16 @@ func (s setting) text() string {
 	return ""
 }
 
-// hosts decides what containerd of a version makes of a configuration. certsDir
+// hosts decides what containerd makes of a configuration. certsDir
 // is the hosts directory of the distribution.
-func (c *config) hosts(v Version, certsDir string) hostsState {
+func (c *config) hosts(certsDir string) hostsState {
 	value, from := c.configPath()
 	list := filepath.SplitList(snapPath(value))
-	if s, done := c.obstacles(v, value, certsDir); done {
+	if s, done := c.obstacles(value, certsDir); done {
 		return s
 	}
 	local, isLocal := c.localPull()
-	isLocal = isLocal || !v.pullsByTransfer()
+	isLocal = isLocal || !c.v.pullsByTransfer()
 	switch {
 	case len(list) == 1:
 		return hostsState{dir: list[0], reads: true, from: from, value: list[0]}
@@ -68,17 +68,17 @@ func (c *config) hosts(v Version, certsDir string) hostsState {
 	case len(list) > 1:
 		return hostsState{from: from, value: value + ", of which containerd makes one name: no directory is read", dir: list[0],
 			remedy: fmt.Sprintf("set config_path to one directory, %s", list[0])}
-	case v.hasDefaultPath() && isLocal:
+	case c.v.hasDefaultPath() && isLocal:
 		return hostsState{dir: defaultCertsDir, reads: true, from: local, value: defaultCertsDir + " by default"}
 	}
 	return hostsState{from: from, value: "not set: no hosts directory is read", remedy: "set config_path to " + certsDir}
 }
 
 // obstacles are what excludes a hosts directory.
-func (c *config) obstacles(v Version, configPath, certsDir string) (hostsState, bool) {
+func (c *config) obstacles(configPath, certsDir string) (hostsState, bool) {
 	s, found := c.below("mirrors")
 	what := "mirrors"
-	if !found && v.Major < 2 {
+	if !found && c.v.Major < 2 {
 		s, found = c.clientTLS()
 		what = "configs with tls"
 	}

@@ -47,7 +47,7 @@ func plan(files files, d Detection) Plan {
 	if d.config == nil {
 		return report
 	}
-	state := d.config.hosts(d.version, d.layout.certsDir)
+	state := d.config.hosts(d.layout.certsDir)
 	if state.mirrors {
 		return report
 	}
@@ -177,10 +177,10 @@ func endLine(data []byte) []byte {
 // hosts directory, and nothing else may have changed.
 func (c candidate) isSound(files files, d Detection, dir string) bool {
 	after, err := loadConfig(overlay{files, c.name, c.data}, d.configFile, d.version)
-	if err != nil || after.unclear(d.version) != "" {
+	if err != nil || after.unclear() != "" {
 		return false
 	}
-	state := after.hosts(d.version, d.layout.certsDir)
+	state := after.hosts(d.layout.certsDir)
 	return state.reads && state.dir == dir && slices.Equal(changedKeys(d.config, after), []string{at("plugins", after.plugin(), "registry", "config_path")})
 }
 
