@@ -2,6 +2,7 @@ package registry
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -19,11 +20,21 @@ import (
 // distribution specification, section "Pushing Manifests", asks for at least.
 const maxManifest = 4 << 20
 
-// getManifest answers GET and HEAD of a manifest by tag or digest. The Accept
+// getManifest answers GET and HEAD of a manifest, and tells who wants to know of
+// one that is not here.
+func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+	err := s.sendManifest(w, r, repo, ref)
+	if s.cfg.Missing != nil && errors.Is(err, errManifestUnknown) {
+		s.cfg.Missing(repo.Name(), ref)
+	}
+	return err
+}
+
+// sendManifest answers GET and HEAD of a manifest by tag or digest. The Accept
 // header does not select: the specification has the client say what it can
 // read, but there is only one content of a digest, and a client that did not
 // list its type is better served with it than with a 404.
-func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+func (s *Server) sendManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
 	d, err := resolve(repo, ref)
 	if err != nil {
 		return err

@@ -37,6 +37,10 @@ type Config struct {
 	// Auth decides who may do what. Run keeps its tokens up to date. Nil:
 	// everybody may do everything that the mode allows.
 	Auth *auth.Authority
+	// Missing is told of manifests that clients who may read them asked for, by
+	// tag or digest, and that are not here. It must not take long: the client
+	// waits for its 404. Nil: nobody is told.
+	Missing func(repository, reference string)
 	// DrainTime is how long Run lets requests in flight finish once it is told
 	// to end, before it closes their connections. 0: four seconds.
 	DrainTime time.Duration

@@ -69,6 +69,7 @@ type Standalone struct {
 	store     *storage.Store
 	ca        trust.Bundle
 	renew     func() (changed bool, err error) // of the serving certificate
+	onDemand  bool
 	log       *slog.Logger
 	listeners []net.Listener
 	unlock    func()
@@ -111,7 +112,7 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if err := s.openRegistry(ctx, c); err != nil {
 		return nil, err
 	}
-	if source != nil {
+	if source != nil || len(sync.Upstreams) > 0 {
 		if err := s.openSyncer(c, sync); err != nil {
 			return nil, err
 		}
@@ -202,9 +203,17 @@ func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 		KeyFile:  filepath.Join(certs, "tls.key"),
 		ReadOnly: func() bool { return readOnly },
 		Auth:     authority,
+		Missing:  s.want,
 		Logger:   c.Logger,
 	})
 	return err
+}
+
+// want has the syncer bring what a client asked for.
+func (s *Standalone) want(repository, reference string) {
+	if s.Syncer != nil && s.onDemand {
+		s.Syncer.Want(repository, reference)
+	}
 }
 
 func (s *Standalone) openAuth(ctx context.Context, c Config) (*auth.Authority, error) {
@@ -271,6 +280,7 @@ func (s *Standalone) keepServing(ctx context.Context) {
 func (s *Standalone) openSyncer(c Config, config syncer.Config) (err error) {
 	config.Store, config.Driver = s.store.Namespace(), s.store.Driver()
 	config.Progress, config.Logger = c.Progress, c.Logger
+	s.onDemand, config.OnDemand = config.OnDemand, false // within one process there is a shorter way
 	s.Syncer, err = syncer.New(config)
 	return err
 }

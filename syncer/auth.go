@@ -21,16 +21,20 @@ import (
 // wait for it, and again shortly before it expires. Credentials go to the
 // parent and to that service, to nobody else.
 type authorizer struct {
-	client             *http.Client
-	username, password string
-	host               string // of the parent
-	insecure           bool
-	limits             limits
+	client   *http.Client
+	config   Parent
+	host     string // of the parent
+	insecure bool
+	limits   limits
 
-	mu     sync.Mutex
-	scheme auth.AuthenticationScheme // 0 until the first challenge
-	bearer auth.TokenOptions
-	tokens map[string]*token // by scope
+	mu sync.Mutex
+	// username and password are what config's Credentials gave when they were
+	// asked last.
+	username, password string
+	asked              time.Time
+	scheme             auth.AuthenticationScheme // 0 until the first challenge
+	bearer             auth.TokenOptions
+	tokens             map[string]*token // by scope
 }
 
 // token is a bearer token for one scope.
@@ -41,7 +45,34 @@ type token struct {
 }
 
 // known reports whether there are credentials to send.
-func (a *authorizer) known() bool { return a.username != "" || a.password != "" }
+func (a *authorizer) known() bool {
+	return a.config.Credentials != nil || a.config.Username != "" || a.config.Password != ""
+}
+
+// keepCredentials is how long credentials are used that do not last. They last
+// longer than this.
+const keepCredentials = 5 * time.Minute
+
+// credentials are what is to be sent to whom the parent trusts with it.
+func (a *authorizer) credentials(ctx context.Context) (username, password string, err error) {
+	if a.config.Credentials == nil {
+		return a.config.Username, a.config.Password, nil
+	}
+	a.mu.Lock()
+	username, password = a.username, a.password
+	old := time.Since(a.asked) >= keepCredentials
+	a.mu.Unlock()
+	if !old {
+		return username, password, nil
+	}
+	if username, password, err = a.config.Credentials(ctx); err != nil {
+		return "", "", err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.username, a.password, a.asked = username, password, time.Now()
+	return username, password, nil
+}
 
 // authorize adds what the parent is known to want to req, with a token for scope
 // other than stale, and returns the header it added.
@@ -52,7 +83,11 @@ func (a *authorizer) authorize(ctx context.Context, req *http.Request, scope, st
 	switch {
 	case scope == "": // a question that anyone may ask
 	case scheme == auth.BasicAuth:
-		req.SetBasicAuth(a.username, a.password)
+		username, password, err := a.credentials(ctx)
+		if err != nil {
+			return "", err
+		}
+		req.SetBasicAuth(username, password)
 	case scheme == auth.BearerAuth:
 		value, err := a.token(ctx, scope, strings.TrimPrefix(stale, "Bearer "))
 		if err != nil {
@@ -66,17 +101,20 @@ func (a *authorizer) authorize(ctx context.Context, req *http.Request, scope, st
 // challenged takes note of what a 401 wants. It reports whether that is
 // something other than the Authorization header that the request bore.
 func (a *authorizer) challenged(ctx context.Context, resp *http.Response, used string) (bool, error) {
+	username, password, err := a.credentials(ctx)
+	if err != nil {
+		return false, err
+	}
 	challenges := auth.ParseAuthHeader(resp.Header)
 	i := slices.IndexFunc(challenges, func(c auth.Challenge) bool {
-		return c.Scheme == auth.BearerAuth || c.Scheme == auth.BasicAuth && a.username != ""
+		return c.Scheme == auth.BearerAuth || c.Scheme == auth.BasicAuth && username != ""
 	})
 	if i < 0 {
 		return false, nil
 	}
 	var options auth.TokenOptions
 	if challenges[i].Scheme == auth.BearerAuth {
-		var err error
-		if options, err = auth.GenerateTokenOptions(ctx, a.host, a.username, a.password, challenges[i]); err != nil {
+		if options, err = auth.GenerateTokenOptions(ctx, a.host, username, password, challenges[i]); err != nil {
 			return false, unusable("parent "+a.host, "authentication", "%s", oneLine(err.Error()))
 		}
 		if err := a.checkRealm(options.Realm); err != nil {
@@ -134,11 +172,14 @@ func (a *authorizer) token(ctx context.Context, scope, stale string) (string, er
 // fetch asks the token service. An identity token is exchanged with a POST; a
 // user name and password are sent with a GET, which every service takes.
 func (a *authorizer) fetch(ctx context.Context, options auth.TokenOptions) (value string, lifetime time.Duration, err error) {
+	if options.Username, options.Secret, err = a.credentials(ctx); err != nil {
+		return "", 0, err
+	}
 	whole := ctx
 	ctx, cancel := context.WithTimeout(ctx, a.limits.answer)
 	defer cancel()
 	var seconds int
-	if a.username == "" && a.password != "" {
+	if options.Username == "" && options.Secret != "" {
 		var resp *auth.OAuthTokenResponse
 		if resp, err = auth.FetchTokenWithOAuth(ctx, a.client, nil, userAgent, options); err == nil {
 			value, seconds = resp.AccessToken, resp.ExpiresInSeconds

@@ -2,8 +2,6 @@ package syncer
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +13,10 @@ import (
 )
 
 // Secrets reads the Secrets that a resource names.
+//
+// Those of the machine on which the program runs for itself may also have the
+// method CredentialHelpers() bool: true lets a .dockerconfigjson name programs
+// that give credentials (docker's credHelpers and credsStore).
 type Secrets interface {
 	// Secret returns one key of a Secret. The error names both, never what the
 	// Secret holds; it wraps fs.ErrNotExist when one of them is not there.
@@ -24,7 +26,8 @@ type Secrets interface {
 // FromSpec translates what a valid resource, with its defaults set, says about
 // synchronisation. Store, Driver, and all that belongs to the process rather
 // than to the resource, are left to the caller. The Source is the parent; nil
-// when there is none, and then nothing can be synchronised.
+// when there is none, and then nothing can be synchronised unless the Config has
+// Upstreams.
 func FromSpec(ctx context.Context, spec *v1alpha1.Spec, secrets Secrets) (Config, *Source, error) {
 	source, err := Resolve(ctx, spec.Parent, secrets)
 	if err != nil {
@@ -38,9 +41,24 @@ func FromSpec(ctx context.Context, spec *v1alpha1.Spec, secrets Secrets) (Config
 		Referrers:         sync.Referrers == nil || *sync.Referrers,
 		DeletePropagation: sync.DeletePropagation,
 		MaxRemovals:       sync.MaxRemovals,
+
+		ChunkSize:          int64(sync.ChunkSizeInMb) << 20,
+		MaxRequestsPerHour: sync.MaxRequestsPerHour,
+		OnDemand:           sync.OnDemand == nil || *sync.OnDemand,
 	}
 	if source != nil {
 		config.Parent = source.Parent
+	}
+	if sync.MaxBandwidth != nil {
+		config.MaxBandwidth = sync.MaxBandwidth.Value()
+	}
+	for i := range spec.Upstreams {
+		from := &spec.Upstreams[i]
+		resolved, err := Resolve(ctx, &from.Parent, secrets)
+		if err != nil {
+			return Config{}, nil, fmt.Errorf("spec.upstreams[%d]: %w", i, err)
+		}
+		config.Upstreams = append(config.Upstreams, Upstream{resolved.Parent, from.Prefix, from.Repositories})
 	}
 	if sync.Window != "" {
 		if config.Window, err = v1alpha1.ParseDuration(sync.Window); err != nil {
@@ -76,6 +94,9 @@ func Resolve(ctx context.Context, spec *v1alpha1.Parent, secrets Secrets) (*Sour
 	}
 	if err := r.authority(s, spec); err != nil {
 		return nil, err
+	}
+	if spec.AzureIdentity != nil {
+		s.Credentials = newAzureIdentity(s.Parent, spec.AzureIdentity.ClientID).credentials
 	}
 	s.Namespace = s.Endpoint
 	if isDockerHub(s.Endpoint) {
@@ -154,9 +175,9 @@ func (r resolver) address(s *Source, spec *v1alpha1.Parent) (err error) {
 		return fmt.Errorf("endpoint: %w", err)
 	}
 	if spec.CredentialsSecretRef != nil {
-		s.Username, s.Password, err = r.credentials(spec.CredentialsSecretRef.Name, s.Endpoint)
+		return r.credentials(s, spec.CredentialsSecretRef.Name)
 	}
-	return err
+	return nil
 }
 
 func (r resolver) connectionString(s *Source, name string) error {
@@ -168,11 +189,11 @@ func (r resolver) connectionString(s *Source, name string) error {
 	if err != nil {
 		return fmt.Errorf("Secret %s: %w", name, err)
 	}
-	if cs.ManagedIdentityClientID != "" {
-		return fmt.Errorf("Secret %s: the connection string asks for a managed identity, which there is none of here: use one with a sync token", name)
-	}
 	s.Endpoint, s.Insecure = cs.LoginServer(), cs.ParentEndpointProtocol == "http"
 	s.Username, s.Password = cs.SyncTokenName, cs.SyncTokenPassword
+	if cs.ManagedIdentityClientID != "" {
+		s.Credentials = newAzureIdentity(s.Parent, cs.ManagedIdentityClientID).credentials
+	}
 	s.Gateway = cs.ParentGatewayEndpoint
 	return nil
 }
@@ -195,70 +216,30 @@ func (r resolver) authority(s *Source, spec *v1alpha1.Parent) error {
 	return nil
 }
 
-// credentials reads username and password, or the entry for host in a
+// credentials reads username and password, or the entry for the registry in a
 // .dockerconfigjson. An editor's line end after a value is not part of it.
-func (r resolver) credentials(name, host string) (username, password string, err error) {
+func (r resolver) credentials(s *Source, name string) error {
 	docker, err := r.key(name, v1alpha1.SecretKeyDockerConfigJSON)
 	if err == nil {
-		username, password, err = dockerCredentials([]byte(docker), host)
-		if err != nil {
-			return "", "", fmt.Errorf("Secret %s, key %s: %w", name, v1alpha1.SecretKeyDockerConfigJSON, err)
+		helpers, ok := r.secrets.(interface{ CredentialHelpers() bool })
+		if err := dockerCredentials([]byte(docker), &s.Parent, ok && helpers.CredentialHelpers()); err != nil {
+			return fmt.Errorf("Secret %s, key %s: %w", name, v1alpha1.SecretKeyDockerConfigJSON, err)
 		}
-		return username, password, nil
+		return nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		return "", "", err
+		return err
 	}
-	if username, err = r.key(name, v1alpha1.SecretKeyUsername); err != nil {
-		return "", "", err
+	username, err := r.key(name, v1alpha1.SecretKeyUsername)
+	if err != nil {
+		return err
 	}
-	if password, err = r.key(name, v1alpha1.SecretKeyPassword); err != nil {
-		return "", "", err
+	password, err := r.key(name, v1alpha1.SecretKeyPassword)
+	if err != nil {
+		return err
 	}
-	return strings.TrimRight(username, "\r\n"), strings.TrimRight(password, "\r\n"), nil
-}
-
-// dockerCredentials finds host in a docker configuration file. Errors never
-// quote the file.
-func dockerCredentials(config []byte, host string) (username, password string, err error) {
-	var file struct {
-		Auths map[string]struct {
-			Auth     string `json:"auth"`
-			Username string `json:"username"`
-			Password string `json:"password"`
-		} `json:"auths"`
-	}
-	if err := json.Unmarshal(config, &file); err != nil {
-		return "", "", errors.New("not a docker configuration file in JSON")
-	}
-	for name, entry := range file.Auths {
-		if !sameRegistry(name, host) {
-			continue
-		}
-		if entry.Auth == "" {
-			return entry.Username, entry.Password, nil
-		}
-		pair, err := base64.StdEncoding.DecodeString(entry.Auth)
-		if err != nil {
-			return "", "", fmt.Errorf("auths[%q].auth is not base64", name)
-		}
-		username, password, ok := strings.Cut(string(pair), ":")
-		if !ok {
-			return "", "", fmt.Errorf("auths[%q].auth is not user:password", name)
-		}
-		return username, password, nil
-	}
-	return "", "", fmt.Errorf("auths has no entry for %s", host)
-}
-
-// sameRegistry compares a docker configuration's key, which may be a URL such
-// as Docker Hub's https://index.docker.io/v1/, with a registry's host.
-func sameRegistry(key, host string) bool {
-	if _, rest, ok := strings.Cut(key, "://"); ok {
-		key = rest
-	}
-	key, _, _ = strings.Cut(key, "/")
-	return key == host || isDockerHub(key) && isDockerHub(host)
+	s.Username, s.Password = strings.TrimRight(username, "\r\n"), strings.TrimRight(password, "\r\n")
+	return nil
 }
 
 func isDockerHub(host string) bool {

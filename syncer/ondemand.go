@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -28,12 +29,14 @@ import (
 // yet. It does so by a small file in the storage that both share, since they run
 // on different machines and need not know of one another.
 type OnDemand struct {
-	dir        string
-	selections []selection
-	log        *slog.Logger
+	dir  string
+	spec func() *v1alpha1.Spec
+	log  *slog.Logger
 
-	mu     sync.Mutex
-	lately map[wish]time.Time // told; guarded by mu
+	mu         sync.Mutex         // guards what follows
+	lately     map[wish]time.Time // told
+	selections []selection        // of the spec selected
+	selected   *v1alpha1.Spec
 }
 
 // wish is what a client asked for: a repository here, and a tag or digest.
@@ -46,26 +49,18 @@ const onDemandDir = "on-demand"
 // several clients.
 const tellAgain = 10 * time.Second
 
-// NewOnDemand prepares telling what is missing of what spec selects. log takes
-// what goes wrong.
-func NewOnDemand(store *storage.Store, spec *v1alpha1.Spec, log *slog.Logger) (*OnDemand, error) {
-	o := &OnDemand{dir: filepath.Join(store.Root(), onDemandDir), log: log, lately: make(map[wish]time.Time)}
-	all := []v1alpha1.Upstream{{Repositories: spec.Repositories}}
-	for _, from := range append(all, spec.Upstreams...) {
-		selection, err := newSelection(from.Prefix, from.Repositories)
-		if err != nil {
-			return nil, err
-		}
-		o.selections = append(o.selections, selection)
-	}
-	return o, nil
+// NewOnDemand prepares telling what is missing of what a spec selects. spec is
+// asked each time, and returns another pointer when something has changed; log
+// takes what goes wrong.
+func NewOnDemand(store *storage.Store, spec func() *v1alpha1.Spec, log *slog.Logger) *OnDemand {
+	return &OnDemand{dir: filepath.Join(store.Root(), onDemandDir), spec: spec, log: log, lately: make(map[wish]time.Time)}
 }
 
 // Missing takes note that a client asked for a manifest that is not here. What is
 // not selected is not told. It is fit for registry.Config.Missing.
 func (o *OnDemand) Missing(repository, reference string) {
 	w := wish{repository, reference}
-	if !w.valid() || !o.selects(w) || !o.first(w, time.Now()) {
+	if !w.valid() || !o.due(w, time.Now()) {
 		return
 	}
 	if err := o.tell(w); err != nil {
@@ -80,20 +75,34 @@ func (w wish) valid() bool {
 	return storage.ValidTag(w.reference) || digest.Digest(w.reference).Validate() == nil
 }
 
-func (o *OnDemand) selects(w wish) bool {
-	for _, s := range o.selections {
-		if part, _ := s.of(w.repository); len(part) > 0 && part.mayHave(w.reference) {
-			return true
-		}
+// due reports whether a wish is selected and has not been told lately.
+func (o *OnDemand) due(w wish, now time.Time) bool {
+	spec := o.spec()
+	if spec.Sync.OnDemand != nil && !*spec.Sync.OnDemand {
+		return false
 	}
-	return false
-}
-
-// first reports whether a wish has not been told lately.
-func (o *OnDemand) first(w wish, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return isFirst(o.lately, w, now)
+	if o.selected != spec {
+		o.selected, o.selections = spec, selectionsOf(spec)
+	}
+	selected := slices.ContainsFunc(o.selections, func(s selection) bool {
+		part, _ := s.of(w.repository)
+		return len(part) > 0 && part.mayHave(w.reference)
+	})
+	return selected && isFirst(o.lately, w, now)
+}
+
+// selectionsOf is what a spec selects of each registry. What is not valid in it
+// selects nothing; the syncer says so.
+func selectionsOf(spec *v1alpha1.Spec) (all []selection) {
+	parent := v1alpha1.Upstream{Repositories: spec.Repositories}
+	for _, from := range append([]v1alpha1.Upstream{parent}, spec.Upstreams...) {
+		if selection, err := newSelection(from.Prefix, from.Repositories); err == nil {
+			all = append(all, selection)
+		}
+	}
+	return all
 }
 
 // maxLately bounds how many wishes are remembered.

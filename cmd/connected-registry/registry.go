@@ -19,6 +19,7 @@ import (
 	"github.com/connected-registry/connected-registry/registry"
 	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/storage"
+	"github.com/connected-registry/connected-registry/syncer"
 )
 
 // replicaFlags are those of the command registry.
@@ -141,6 +142,7 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 		Store:     store,
 		ReadOnly:  settings.ReadOnly,
 		Auth:      authority,
+		Missing:   syncer.NewOnDemand(store, settings.Spec, log).Missing,
 		DrainTime: f.drainTimeout,
 		Logger:    log,
 		Metrics:   h.metrics,

@@ -263,7 +263,7 @@ func (l *loop) setJob(ctx context.Context, f *findings, secrets *secretReader) {
 	f.parent = err
 	switch {
 	case err != nil:
-	case source == nil:
+	case source == nil && len(config.Upstreams) == 0:
 		l.job, l.source = nil, nil
 	default:
 		j := &job{config: config}
