@@ -24,24 +24,27 @@ type client struct {
 
 // newClient touches no network. Both interfaces share one connection.
 func newClient(config *rest.Config, namespace string) (*client, error) {
+	codecs := serializer.NewCodecFactory(newScheme())
+	httpClient, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("credentials for the API server: %w", err)
+	}
+	c := &client{namespace: namespace}
+	if c.core, err = newRESTClient(config, httpClient, "/api", corev1.SchemeGroupVersion, codecs.WithoutConversion()); err != nil {
+		return nil, err
+	}
+	c.coordination, err = newRESTClient(config, httpClient, "/apis", coordinationv1.SchemeGroupVersion, codecs.WithoutConversion())
+	return c, err
+}
+
+func newScheme() *runtime.Scheme {
 	scheme := runtime.NewScheme()
 	scheme.AddKnownTypes(corev1.SchemeGroupVersion,
 		&corev1.Secret{}, &corev1.SecretList{}, &corev1.Event{}, &corev1.Node{}, &corev1.NodeList{})
 	scheme.AddKnownTypes(coordinationv1.SchemeGroupVersion, &coordinationv1.Lease{}, &coordinationv1.LeaseList{})
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
 	metav1.AddToGroupVersion(scheme, coordinationv1.SchemeGroupVersion)
-	codecs := serializer.NewCodecFactory(scheme).WithoutConversion()
-
-	httpClient, err := rest.HTTPClientFor(config)
-	if err != nil {
-		return nil, fmt.Errorf("credentials for the API server: %w", err)
-	}
-	c := &client{namespace: namespace}
-	if c.core, err = newRESTClient(config, httpClient, "/api", corev1.SchemeGroupVersion, codecs); err != nil {
-		return nil, err
-	}
-	c.coordination, err = newRESTClient(config, httpClient, "/apis", coordinationv1.SchemeGroupVersion, codecs)
-	return c, err
+	return scheme
 }
 
 func newRESTClient(config *rest.Config, httpClient *http.Client, path string, gv schema.GroupVersion, codecs runtime.NegotiatedSerializer) (rest.Interface, error) {

@@ -126,7 +126,7 @@ func New(cfg Config) (*Daemon, error) {
 	if d.metrics, err = newMetrics(cfg.Metrics); err != nil {
 		return nil, err
 	}
-	d.lease = &leaser{client: d.client, node: cfg.Node, holder: cfg.Pod, log: d.log, wrote: d.metrics.leaseWritten, news: make(chan struct{}, 1)}
+	d.lease = newLeaser(lease{client: d.client, node: cfg.Node, holder: cfg.Pod}, d.metrics.leaseWritten, d.log)
 	d.recorder = newRecorder(d.client, cfg.Node, cfg.Pod, d.log)
 	d.watches = &watches{client: d.client, tell: d.in.secretIs, failed: d.in.secretFails, running: make(map[string]context.CancelFunc)}
 	return d, nil

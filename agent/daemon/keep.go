@@ -29,6 +29,8 @@ type keep struct {
 	root *os.Root
 	dir  string // inside root
 	path string // as this process reaches it
+	// before, if set, is called ahead of every change. Tests end there.
+	before func()
 }
 
 // openKeep touches nothing yet.
@@ -113,6 +115,7 @@ func (k *keep) save(config *configuration, bundles map[string]trust.Bundle, own 
 
 // put writes a file, or removes it if there is nothing to be in it.
 func (k *keep) put(name string, data []byte) error {
+	k.step()
 	name = path.Join(k.dir, name)
 	var err error
 	if len(data) == 0 {
@@ -138,6 +141,7 @@ func (k *keep) removeOthers(files map[string]trust.Bundle) error {
 			if _, ok := files[name]; ok || name == keptConfig || name == keptOf {
 				continue
 			}
+			k.step()
 			if err := k.root.RemoveAll(path.Join(k.dir, name)); err != nil {
 				return err
 			}
@@ -149,10 +153,18 @@ func (k *keep) removeOthers(files map[string]trust.Bundle) error {
 // remove leaves nothing. The configuration goes first: without it, the rest is
 // not looked at.
 func (k *keep) remove() error {
+	k.step()
 	if _, err := trust.RemoveFile(k.root, path.Join(k.dir, keptConfig)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	k.step()
 	return k.root.RemoveAll(k.dir)
+}
+
+func (k *keep) step() {
+	if k.before != nil {
+		k.before()
+	}
 }
 
 // removeStateDir removes the directory that is ours if nothing is left in it.

@@ -55,15 +55,19 @@ const (
 
 // leaser keeps the node's Lease as it was told last.
 type leaser struct {
-	client *client
-	node   string
-	holder string
-	log    *slog.Logger
-	wrote  func(err error) // for metrics
-	news   chan struct{}   // holds one element when want has changed
+	// write brings the Lease to the annotations given, and renews it.
+	write func(ctx context.Context, annotations map[string]string) error
+	wrote func(err error) // for metrics
+	log   *slog.Logger
+	news  chan struct{} // holds one element when want has changed
+	gap   time.Duration // coalesceTime
 
 	mu   sync.Mutex // guards want
 	want map[string]string
+}
+
+func newLeaser(l lease, wrote func(error), log *slog.Logger) *leaser {
+	return &leaser{write: l.write, wrote: wrote, log: log, news: make(chan struct{}, 1), gap: coalesceTime}
 }
 
 // set replaces what the Lease is to say. It does not block.
@@ -119,13 +123,20 @@ func (l *leaser) run(ctx context.Context) {
 		if want[AnnotationCleaned] == "" {
 			timer.Reset(jitter(renewInterval))
 		}
-		if !sleep(ctx, coalesceTime) {
+		if !sleep(ctx, l.gap) {
 			return
 		}
 	}
 }
 
-func (l *leaser) write(ctx context.Context, annotations map[string]string) error {
+// lease is one node's Lease.
+type lease struct {
+	client *client
+	node   string
+	holder string
+}
+
+func (l lease) write(ctx context.Context, annotations map[string]string) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	name := LeasePrefix + l.node
@@ -137,7 +148,7 @@ func (l *leaser) write(ctx context.Context, annotations map[string]string) error
 		Body(patch).Do(ctx).Error()
 	if apierrors.IsNotFound(err) {
 		err = l.client.coordination.Post().Namespace(l.client.namespace).Resource("leases").
-			Body(l.lease(annotations, time.Now())).Do(ctx).Error()
+			Body(l.object(annotations, time.Now())).Do(ctx).Error()
 	}
 	if err != nil {
 		return fmt.Errorf("writing Lease %s/%s: %w", l.client.namespace, name, err)
@@ -146,7 +157,7 @@ func (l *leaser) write(ctx context.Context, annotations map[string]string) error
 }
 
 // patch takes what is not said any more away.
-func (l *leaser) patch(annotations map[string]string, now time.Time) ([]byte, error) {
+func (l lease) patch(annotations map[string]string, now time.Time) ([]byte, error) {
 	said := make(map[string]any)
 	for _, key := range []string{AnnotationFingerprints, AnnotationConfiguration, AnnotationError, AnnotationRuntime, AnnotationVersion, AnnotationCleaned} {
 		said[key] = nil
@@ -154,14 +165,14 @@ func (l *leaser) patch(annotations map[string]string, now time.Time) ([]byte, er
 			said[key] = value
 		}
 	}
-	lease := l.lease(nil, now)
+	object := l.object(nil, now)
 	return json.Marshal(map[string]any{
-		"metadata": map[string]any{"labels": lease.Labels, "annotations": said},
-		"spec":     lease.Spec,
+		"metadata": map[string]any{"labels": object.Labels, "annotations": said},
+		"spec":     object.Spec,
 	})
 }
 
-func (l *leaser) lease(annotations map[string]string, now time.Time) *coordinationv1.Lease {
+func (l lease) object(annotations map[string]string, now time.Time) *coordinationv1.Lease {
 	renewed := metav1.NewMicroTime(now)
 	seconds := int32(leaseDuration.Seconds())
 	return &coordinationv1.Lease{
