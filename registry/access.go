@@ -44,7 +44,7 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request, rt route) (ca
 	case endCatalog:
 		id, err = a.AuthorizeCatalogue(r)
 	default:
-		id, err = a.Authorize(r, auth.Need{Repository: rt.name, AnyOf: actionsFor(rt.end, r.Method)})
+		id, err = a.Authorize(r, needs(rt, r.Method)...)
 	}
 	var challenge *auth.ChallengeError
 	var denied *auth.DeniedError
@@ -58,6 +58,15 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request, rt route) (ca
 		return caller{&id}, errDenied.because("%s", denied)
 	}
 	return caller{&id}, err
+}
+
+// needs is the access that a request to one repository needs.
+func needs(rt route, method string) []auth.Need {
+	all := []auth.Need{{Repository: rt.name, AnyOf: actionsFor(rt.end, method)}}
+	if rt.end == endRepository {
+		all = append(all, auth.Need{Repository: rt.name, AnyOf: []v1alpha1.Action{v1alpha1.ActionMetadataWrite}})
+	}
+	return all
 }
 
 // actionsFor is the access that a request to one repository needs: any of the

@@ -251,7 +251,7 @@ func TestUploadResumes(t *testing.T) {
 		}
 	}))
 	defer srv.Close()
-	c := &client{t, srv.URL, srv.Client()}
+	c := &client{t, srv.URL, srv.Client(), ""}
 	content := randomBytes(200_000)
 	d := digest.FromBytes(content)
 	at := c.do("POST", "/v2/up/blobs/uploads/", nil).header.Get("Location")
@@ -363,7 +363,7 @@ func TestManifestsRefused(t *testing.T) {
 		"too large":           {"t", typeOCIManifest, strings.Repeat(" ", maxManifest+1), "MANIFEST_INVALID", 413},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := &client{t, c.base, c.http}
+			c := &client{t, c.base, c.http, ""}
 			c.want(c.do("PUT", "/v2/a/manifests/"+test.ref, test.body, "Content-Type", test.contentType), test.status, test.code)
 		})
 	}
@@ -507,7 +507,7 @@ func TestReadOnly(t *testing.T) {
 		{"FROBNICATE", "/v2/a/manifests/t"},
 	} {
 		a := c.want(c.do(req[0], req[1], nil), 403, "DENIED")
-		if !strings.Contains(string(a.body), "read-only; push to the parent") {
+		if !strings.Contains(string(a.body), "read-only (spec.mode is ReadOnly)") {
 			t.Errorf("%s %s: no reason in %s", req[0], req[1], a.body)
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"strconv"
 	"syscall"
+
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // apiError is an answer with an error body: OCI distribution specification,
@@ -61,10 +63,11 @@ var (
 	errRangeInvalid        = &apiError{status: 416, code: "BLOB_UPLOAD_INVALID", message: "chunk does not begin where the upload ends"}
 	errSizeInvalid         = &apiError{status: 400, code: "SIZE_INVALID", message: "provided length did not match content length"}
 	errTagInvalid          = &apiError{status: 400, code: "TAG_INVALID", message: "invalid tag"}
-	errReadOnly            = &apiError{status: 403, code: "DENIED", message: "this connected registry is read-only; push to the parent registry"}
+	errReadOnly            = &apiError{status: 403, code: "DENIED", message: "this connected registry is read-only (spec.mode is ReadOnly) and takes content from its parent alone: push to the parent registry"}
 	errUnauthorized        = &apiError{status: 401, code: "UNAUTHORIZED", message: "authentication required"}
 	errDenied              = &apiError{status: 403, code: "DENIED", message: "requested access to the resource is denied"}
 	errUnsupported         = &apiError{status: 405, code: "UNSUPPORTED", message: "the operation is unsupported"}
+	errBacklog             = &apiError{status: 503, code: "UNAVAILABLE", message: "too many changes are waiting to be brought to the parent registry"}
 	errFull                = &apiError{status: 507, code: "UNAVAILABLE", message: "the registry's storage is full"}
 	errInternal            = &apiError{status: 500, code: "UNKNOWN", message: "the registry met an internal fault; its log says which"}
 )
@@ -74,6 +77,9 @@ var (
 func asAPIError(err error) (answer *apiError, ours bool) {
 	if errors.As(err, &answer) {
 		return answer, false
+	}
+	if errors.Is(err, storage.ErrJournalFull) {
+		return errBacklog, true
 	}
 	for _, full := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
 		if errors.Is(err, full) {

@@ -38,7 +38,7 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 // handle checks that a request may be made, and calls the handler of its
 // endpoint.
 func (s *Server) handle(w *recorder, r *http.Request, rt route) error {
-	if rt.end == endUnknown {
+	if rt.end == endUnknown || rt.end == endRepository && !isWrite(r.Method) {
 		return errNotFound
 	}
 	registryWide := rt.end == endBase || rt.end == endCatalog
@@ -74,9 +74,9 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, rt route, repo
 	case rt.end == endManifest && read:
 		return s.getManifest(w, r, repo, rt.ref)
 	case rt.end == endManifest && r.Method == http.MethodPut:
-		return s.putManifest(w, r, repo, rt.ref)
+		return s.putManifest(w, r, repo, rt.ref, who)
 	case rt.end == endManifest && r.Method == http.MethodDelete:
-		return s.deleteManifest(w, r, repo, rt.ref)
+		return s.deleteManifest(w, r, repo, rt.ref, who)
 	case rt.end == endBlob && read:
 		return s.getBlob(w, r, repo, rt.ref)
 	case rt.end == endBlob && r.Method == http.MethodDelete:
@@ -91,6 +91,8 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, rt route, repo
 		return s.putUpload(w, r, repo, rt.ref)
 	case rt.end == endUpload && r.Method == http.MethodDelete:
 		return s.cancelUpload(w, r, repo, rt.ref)
+	case rt.end == endRepository && r.Method == http.MethodDelete:
+		return s.deleteRepository(w, r, repo, who)
 	case rt.end == endTags && read:
 		return s.listTags(w, r, repo)
 	case rt.end == endReferrers && read:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"mime"
 	"net/http"
 	"strings"
@@ -35,7 +36,7 @@ type descriptor struct {
 }
 
 // putManifest stores a manifest under a tag or a digest.
-func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
+func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string, who caller) error {
 	content, err := s.readManifest(w, r)
 	if err != nil {
 		return err
@@ -51,7 +52,18 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 	if err := m.checkBlobs(r.Context(), repo); err != nil {
 		return err
 	}
-	if err := repo.PutManifest(r.Context(), d, content, tags...); err != nil {
+	rules := s.cfg.Rules()
+	if err := rules.mayPush(r.Context(), s.cfg.Store, repo, d, tags, int64(len(content))); err != nil {
+		return err
+	}
+	change := storage.Change{Action: storage.ActionPush, Repository: repo.Name(), Digest: d, MediaType: m.MediaType, Size: int64(len(content)), Actor: who.name()}
+	if len(tags) > 0 {
+		change.Tag = tags[0]
+	}
+	err = s.record(rules, change, func() error {
+		return storeManifest(r.Context(), rules, repo, m, d, content, tags)
+	})
+	if err != nil {
 		return fmt.Errorf("storing manifest %s: %w", d, err)
 	}
 	h := w.Header()
@@ -66,21 +78,86 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 	return nil
 }
 
-// deleteManifest deletes a tag, or a manifest with the tags that name it.
-func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
-	unknown := errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref})
-	if strings.Contains(ref, ":") {
-		d, err := parseDigest(ref)
+// storeManifest stores a manifest and its tag. What it refers to is looked for
+// once more after: a deletion that went on meanwhile may have taken it.
+func storeManifest(ctx context.Context, rules *Rules, repo storage.Repository, m *manifest, d digest.Digest, content []byte, tags []string) error {
+	for _, other := range append(m.Manifests[:len(m.Manifests):len(m.Manifests)], m.subjects()...) {
+		repo.UseManifest(other.Digest)
+	}
+	immutable := len(tags) > 0 && rules.locked(repo.Name(), tags[0])
+	if immutable {
+		if err := repo.PutManifest(ctx, d, content); err != nil {
+			return err
+		}
+		err := repo.CreateTag(ctx, tags[0], d)
+		if errors.Is(err, fs.ErrExist) {
+			return lockedError(repo, tags[0])
+		}
 		if err != nil {
 			return err
 		}
-		if err := repo.DeleteManifest(r.Context(), d); err != nil {
+	} else if err := repo.PutManifest(ctx, d, content, tags...); err != nil {
+		return err
+	}
+	return m.checkBlobs(ctx, repo)
+}
+
+// record makes a change, with an entry in the journal where the rules want one.
+func (s *Server) record(rules *Rules, c storage.Change, apply func() error) error {
+	if !rules.journal {
+		return apply()
+	}
+	return s.cfg.Store.Journal().Record(c, apply)
+}
+
+// deleteManifest deletes a tag, or a manifest with the tags that name it.
+func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string, who caller) error {
+	rules := s.cfg.Rules()
+	unknown := errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref})
+	change := storage.Change{Action: storage.ActionDelete, Repository: repo.Name(), Actor: who.name()}
+	apply := func() error { return ifAbsent(repo.DeleteManifest(r.Context(), change.Digest), unknown) }
+	var err error
+	switch {
+	case strings.Contains(ref, ":"):
+		if change.Digest, err = parseDigest(ref); err != nil {
+			return err
+		}
+	case !storage.ValidTag(ref):
+		return errTagInvalid.because("%q is neither a tag nor a digest", ref)
+	default:
+		if change.Digest, err = repo.Tag(ref); err != nil {
 			return ifAbsent(err, unknown)
 		}
-	} else if !storage.ValidTag(ref) {
-		return errTagInvalid.because("%q is neither a tag nor a digest", ref)
-	} else if err := repo.DeleteTag(r.Context(), ref); err != nil {
-		return ifAbsent(err, unknown)
+		change.Tag = ref
+		apply = func() error { return ifAbsent(repo.DeleteTag(r.Context(), ref), unknown) }
+	}
+	err = rules.mayGo(repo, func(tag string) bool {
+		now, err := repo.Tag(tag)
+		return tag == ref || change.Tag == "" && err == nil && now == change.Digest
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.record(rules, change, apply); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusAccepted)
+	return nil
+}
+
+// deleteRepository removes a repository with everything in it. The specification
+// has no request for this; the path is what it would add up to.
+func (s *Server) deleteRepository(w http.ResponseWriter, r *http.Request, repo storage.Repository, who caller) error {
+	rules := s.cfg.Rules()
+	if err := rules.mayGo(repo, func(string) bool { return true }); err != nil {
+		return err
+	}
+	change := storage.Change{Action: storage.ActionDelete, Repository: repo.Name(), Actor: who.name()}
+	unknown := errNameUnknown.with(map[string]string{"name": repo.Name()})
+	err := s.record(rules, change, func() error { return ifAbsent(repo.DeleteRepository(r.Context()), unknown) })
+	if err != nil {
+		return err
 	}
 	w.Header().Set("Content-Length", "0")
 	w.WriteHeader(http.StatusAccepted)
@@ -91,7 +168,7 @@ func (s *Server) readManifest(w http.ResponseWriter, r *http.Request) ([]byte, e
 	if r.ContentLength > maxManifest {
 		return nil, errManifestTooLarge
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: math.MaxInt64}
 	content, err := io.ReadAll(http.MaxBytesReader(w, io.NopCloser(body), maxManifest))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
@@ -184,6 +261,14 @@ func (m *manifest) validate() error {
 		}
 	}
 	return nil
+}
+
+// subjects is the subject, if there is one.
+func (m *manifest) subjects() []descriptor {
+	if m.Subject == nil {
+		return nil
+	}
+	return []descriptor{*m.Subject}
 }
 
 // references yields every descriptor in the manifest.

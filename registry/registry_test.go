@@ -172,6 +172,7 @@ type client struct {
 	t    *testing.T
 	base string
 	http *http.Client
+	root string // of the store
 }
 
 // serveHandler serves a handler on plain HTTP.
@@ -179,7 +180,7 @@ func serveHandler(t *testing.T, s *Server) *client {
 	t.Helper()
 	srv := httptest.NewServer(s.Handler())
 	t.Cleanup(srv.Close)
-	return &client{t, srv.URL, srv.Client()}
+	return &client{t, srv.URL, srv.Client(), s.cfg.Store.Root()}
 }
 
 // answer is a response read to its end.

@@ -10,20 +10,21 @@ import (
 type endpoint int
 
 const (
-	endUnknown   endpoint = iota
-	endBase               // /v2/
-	endCatalog            // /v2/_catalog
-	endTags               // /v2/<name>/tags/list
-	endManifest           // /v2/<name>/manifests/<reference>
-	endBlob               // /v2/<name>/blobs/<digest>
-	endUploads            // /v2/<name>/blobs/uploads/
-	endUpload             // /v2/<name>/blobs/uploads/<id>
-	endReferrers          // /v2/<name>/referrers/<digest>
+	endUnknown    endpoint = iota
+	endBase                // /v2/
+	endCatalog             // /v2/_catalog
+	endTags                // /v2/<name>/tags/list
+	endManifest            // /v2/<name>/manifests/<reference>
+	endBlob                // /v2/<name>/blobs/<digest>
+	endUploads             // /v2/<name>/blobs/uploads/
+	endUpload              // /v2/<name>/blobs/uploads/<id>
+	endReferrers           // /v2/<name>/referrers/<digest>
+	endRepository          // /v2/<name>/: ours, to delete it
 )
 
 // String names the endpoint in metrics and logs.
 func (e endpoint) String() string {
-	return [...]string{"unknown", "base", "catalog", "tags", "manifest", "blob", "uploads", "upload", "referrers"}[e]
+	return [...]string{"unknown", "base", "catalog", "tags", "manifest", "blob", "uploads", "upload", "referrers", "repository"}[e]
 }
 
 // route is a parsed request path. What it holds has the shape of the endpoint
@@ -68,6 +69,8 @@ func parseRoute(path string) route {
 			}
 			return route{endUpload, name, last}
 		}
+	case last == "":
+		return route{endRepository, head, ""}
 	}
 	return route{}
 }
@@ -90,6 +93,8 @@ func (e endpoint) methods() string {
 		return "GET, HEAD, DELETE"
 	case endUploads:
 		return "POST"
+	case endRepository:
+		return "DELETE"
 	case endUpload:
 		return "GET, HEAD, PATCH, PUT, DELETE"
 	default:

@@ -34,6 +34,9 @@ type Config struct {
 	// the mode can change while the replica serves; true refuses it. Nil:
 	// writes are accepted.
 	ReadOnly func() bool
+	// Rules is asked on every request that would change something, like
+	// ReadOnly. Nil: there are none.
+	Rules func() *Rules
 	// Auth decides who may do what. Run keeps its tokens up to date. Nil:
 	// everybody may do everything that the mode allows.
 	Auth *auth.Authority
@@ -86,6 +89,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if s.cfg.ReadOnly == nil {
 		s.cfg.ReadOnly = func() bool { return false }
+	}
+	if s.cfg.Rules == nil {
+		s.cfg.Rules = func() *Rules { return &Rules{} }
 	}
 	s.cfg.DrainTime = cmp.Or(s.cfg.DrainTime, drainTime)
 	var err error

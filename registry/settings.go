@@ -54,6 +54,7 @@ type Settings struct {
 
 type settings struct {
 	spec  *v1alpha1.Spec
+	rules *Rules
 	names []string
 }
 
@@ -88,6 +89,14 @@ func (s *Settings) ReadOnly() bool { return s.Spec().Mode != v1alpha1.ModeReadWr
 
 // AnonymousPull reports whether clients without credentials may read.
 func (s *Settings) AnonymousPull() bool { return s.Spec().AnonymousPull }
+
+// Rules are the resource's rules.
+func (s *Settings) Rules() *Rules { return s.current.Load().rules }
+
+// AnonymousPullFor is that of the rules in force.
+func (s *Settings) AnonymousPullFor(registry, repository string) bool {
+	return s.Rules().AnonymousPullFor(registry, repository)
+}
 
 // Names are the hosts[:port] by which image references name the registry.
 func (s *Settings) Names() []string { return s.current.Load().names }
@@ -146,7 +155,11 @@ func (s *Settings) load() error {
 	if err != nil {
 		return err
 	}
-	now := &settings{spec: &r.Spec, names: strings.Fields(string(names))}
+	rules, err := NewRules(&r.Spec)
+	if err != nil {
+		return err
+	}
+	now := &settings{spec: &r.Spec, rules: rules, names: strings.Fields(string(names))}
 	if before := s.current.Swap(now); before != nil {
 		s.log.Info("settings changed", "mode", r.Spec.Mode, "anonymousPull", r.Spec.AnonymousPull)
 	}

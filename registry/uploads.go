@@ -34,6 +34,13 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 			return err
 		}
 	}
+	left, err := s.cfg.Rules().room(r.Context(), s.cfg.Store, repo)
+	if err == nil {
+		err = left.fits(max(r.ContentLength, 1))
+	}
+	if err != nil {
+		return err
+	}
 	blobs, err := s.blobs(r.Context(), repo)
 	if err != nil {
 		return err
@@ -67,7 +74,10 @@ func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repo
 	if err != nil || !who.may(from, v1alpha1.ActionContentRead) {
 		return false, nil //nolint:nilerr // a mount that cannot be is an upload
 	}
-	err = repo.MountLayer(r.Context(), source, d)
+	err = s.cfg.Rules().mayMount(r.Context(), s.cfg.Store, repo, source, d)
+	if err == nil {
+		err = repo.MountLayer(r.Context(), source, d)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -184,11 +194,20 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 		}
 		return errors.Join(err, upload.Close())
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
-	_, err := upload.ReadFrom(body)
+	left, err := s.cfg.Rules().room(r.Context(), s.cfg.Store, repo)
+	if err == nil {
+		err = left.fits(upload.Size() + max(r.ContentLength, 0))
+	}
+	if err != nil {
+		return errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
+	}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: left.bytes - upload.Size()}
+	_, err = upload.ReadFrom(body)
 	switch {
 	case err == nil:
 		return nil
+	case body.left < 0:
+		return errors.Join(left.err, upload.Close(), repo.DeleteUpload(upload.ID()))
 	case body.err != nil:
 		return errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
 	default:
@@ -209,6 +228,7 @@ type bodyReader struct {
 	r     io.Reader
 	conn  *http.ResponseController
 	stall time.Duration
+	left  int64 // bytes that may come; below 0 once there were more
 	err   error
 }
 
@@ -219,8 +239,14 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	if err != nil && err != io.EOF {
 		b.err = err
 	}
+	if b.left -= int64(n); b.left < 0 {
+		return 0, errTooMuch
+	}
 	return n, err
 }
+
+// errTooMuch ends an upload of unknown length that has outgrown its quota.
+var errTooMuch = errors.New("more than the quota allows")
 
 // checkRange compares the Content-Range header of a chunk, "first-last" without
 // a unit, with where the upload ends.

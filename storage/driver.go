@@ -243,6 +243,26 @@ func (d *driver) mkdirFor(driverPath string) error {
 	return mkdirDurable(filepath.Dir(d.store.path(driverPath)))
 }
 
+// create writes a small file that must not be there yet, durably and in one step.
+func (s *Store) create(file string, content []byte) error {
+	if err := mkdirDurable(filepath.Dir(file)); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(file), "link.*.tmp")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(content)
+	if err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	if err := os.Link(tmp.Name(), file); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(file))
+}
+
 func mkdirDurable(dir string) error {
 	err := os.Mkdir(dir, 0o777)
 	switch {

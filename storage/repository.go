@@ -151,6 +151,43 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 	return r.link(ctx, revision, d)
 }
 
+// CreateTag points a tag that does not exist yet at d, which must be a manifest of
+// the repository. Of several who try at the same time one succeeds. The error is
+// fs.ErrExist when the tag names another manifest, which it goes on to do.
+func (r Repository) CreateTag(ctx context.Context, tag string, d digest.Digest) error {
+	if !ValidTag(tag) {
+		return fmt.Errorf("tag %q: %w", tag, ErrName)
+	}
+	if err := r.link(ctx, linkPath(r.path+"/_manifests/tags/"+tag+"/index/", d), d); err != nil {
+		return err
+	}
+	file := r.store.path(r.tagLink(tag))
+	for range 10 {
+		err := r.store.create(file, []byte(d))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // somebody took the directory away
+		}
+		if !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		now, err := r.Tag(tag)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			// Deleted in between, or damaged: then it is as good as absent.
+			if err := ignoreAbsent(os.Remove(file)); err != nil {
+				return err
+			}
+		case err != nil:
+			return err
+		case now != d:
+			return fmt.Errorf("tag %s of %s names %s: %w", tag, r.name, now, fs.ErrExist)
+		default:
+			return nil
+		}
+	}
+	return fmt.Errorf("tag %s of %s: it comes and goes", tag, r.name)
+}
+
 // putRevision stores a manifest and makes it part of the repository.
 func (r Repository) putRevision(ctx context.Context, revision string, d digest.Digest, content []byte) error {
 	drv := r.store.driver
@@ -245,6 +282,39 @@ func (r Repository) DeleteManifest(ctx context.Context, d digest.Digest) error {
 // repository.
 func (r Repository) DeleteLayer(ctx context.Context, d digest.Digest) error {
 	return r.unlink(ctx, r.path+"/_layers/", d)
+}
+
+// DeleteRepository removes the repository with everything in it, but not those
+// whose names begin with its name. Bytes that no other repository holds stay until
+// garbage collection. The error is fs.ErrNotExist when there is no such
+// repository.
+func (r Repository) DeleteRepository(ctx context.Context) error {
+	used, _, err := r.store.Used(ctx, r.name)
+	if err != nil {
+		return err
+	}
+	found := false
+	// Layers first: a push that goes on meanwhile looks for them when it has
+	// linked its manifest, and is not acknowledged without.
+	for _, dir := range []string{"/_layers", "/_manifests", "/_referrers", "/_uploads"} {
+		for _, file := range []string{r.store.path(r.path + dir), r.store.limboPath(r.path + dir)} {
+			err := r.store.discard(file)
+			if ignoreAbsent(err) != nil {
+				return err
+			}
+			found = found || err == nil
+		}
+	}
+	if !found {
+		return &fs.PathError{Op: "delete", Path: r.path, Err: fs.ErrNotExist}
+	}
+	r.store.usage.add(r.name, -used)
+	dir := r.store.path(r.path)
+	if err := ignoreAbsent(syncDir(dir)); err != nil {
+		return err
+	}
+	os.Remove(dir) // unless there are others below it
+	return ignoreAbsent(syncDir(filepath.Dir(dir)))
 }
 
 // DeleteUpload throws away what an unfinished upload has stored. id must not

@@ -41,6 +41,12 @@ type Config struct {
 	// AnonymousPull is asked whether clients without credentials may read; it
 	// may change at any time. Nil: they may not.
 	AnonymousPull func() bool
+	// AnonymousPullFor is asked whether clients without credentials may read
+	// content of a repository when they ask for it on behalf of another
+	// registry's name (?ns=), where AnonymousPull does not allow it. It is never
+	// asked about lists, nor with one of the registry's own names. Nil: they
+	// may not.
+	AnonymousPullFor func(registry, repository string) bool
 	// Hosts gives the registry's names, with port, as they stand in image names.
 	// A request that containerd makes on behalf of another registry's name
 	// (?ns=) is never challenged, for the credentials that would come are
@@ -206,6 +212,11 @@ func (e *DeniedError) Error() string { return e.reason }
 // it needs. The errors are *ChallengeError and *DeniedError; their text is for
 // the client.
 func (a *Authority) Authorize(r *http.Request, needs ...Need) (Identity, error) {
+	if a.mirrored(r, needs) {
+		// Credentials that come along are that other registry's, and none of
+		// our business.
+		return Identity{}, nil
+	}
 	id, err := a.identify(r)
 	if err != nil {
 		if id.anonymous && readsOnly(needs) {
@@ -393,8 +404,29 @@ func (a *Authority) challenge(r *http.Request, needs []Need, code, reason string
 // mayChallenge reports whether the credentials that a challenge brings forth
 // are meant for this registry.
 func (a *Authority) mayChallenge(r *http.Request) bool {
+	return a.foreign(r) == ""
+}
+
+// foreign is the registry on whose behalf containerd makes a request; empty when
+// that is this one.
+func (a *Authority) foreign(r *http.Request) string {
 	ns := r.URL.Query().Get("ns")
-	return ns == "" || ns == r.Host || a.cfg.Hosts != nil && slices.Contains(a.cfg.Hosts(), ns)
+	if ns == r.Host || a.cfg.Hosts != nil && slices.Contains(a.cfg.Hosts(), ns) {
+		return ""
+	}
+	return ns
+}
+
+// mirrored reports whether a request may be answered without credentials because
+// of the registry that it is made on behalf of.
+func (a *Authority) mirrored(r *http.Request, needs []Need) bool {
+	if a.cfg.AnonymousPullFor == nil || len(needs) == 0 {
+		return false
+	}
+	registry := a.foreign(r)
+	return registry != "" && !slices.ContainsFunc(needs, func(need Need) bool {
+		return !slices.Contains(need.AnyOf, v1alpha1.ActionContentRead) || !a.cfg.AnonymousPullFor(registry, need.Repository)
+	})
 }
 
 // scopeOf writes needs as clients ask for them, in the words that every client
