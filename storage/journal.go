@@ -66,6 +66,8 @@ type Change struct {
 	// Digest is that of the manifest: of the one that was pushed or deleted, or
 	// that the deleted tag named.
 	Digest digest.Digest `json:"digest,omitempty"`
+	// Previous is what Tag named before. Empty: nothing.
+	Previous digest.Digest `json:"previous,omitempty"`
 	// MediaType and Size, in bytes, are the manifest's, when it was pushed.
 	MediaType string `json:"mediaType,omitempty"`
 	Size      int64  `json:"size,omitempty"`
@@ -214,12 +216,52 @@ func (j *Journal) Entries(ctx context.Context, n int) ([]Entry, error) {
 	return entries, nil
 }
 
+// Tags are the tags that have changed, or are being changed, by repository: those
+// that nobody but clients may write until the parent has been told.
+func (j *Journal) Tags(ctx context.Context) (map[string]map[string]bool, error) {
+	names, err := j.names()
+	if err != nil {
+		return nil, fmt.Errorf("reading the journal: %w", err)
+	}
+	tags := make(map[string]map[string]bool)
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		id, began, ok := parseEntryName(name)
+		if !ok {
+			continue
+		}
+		e, err := j.parse(name, id, began)
+		if errors.Is(err, fs.ErrNotExist) {
+			// It has settled, or is dealt with, by now.
+			if e, err = j.parse(id+journalSuffix, id, began); errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading the journal: %w", err)
+		}
+		if tags[e.Repository] == nil {
+			tags[e.Repository] = make(map[string]bool)
+		}
+		if e.Tag != "" {
+			tags[e.Repository][e.Tag] = true
+		}
+	}
+	return tags, nil
+}
+
 // read reads one entry. The error is fs.ErrNotExist when it does not count.
 func (j *Journal) read(name string) (Entry, error) {
 	id, began, ok := parseEntryName(name)
 	if !ok || strings.HasSuffix(name, pendingSuffix) && time.Since(began) < settleTime {
 		return Entry{}, fs.ErrNotExist
 	}
+	return j.parse(name, id, began)
+}
+
+func (j *Journal) parse(name, id string, began time.Time) (Entry, error) {
 	content, err := os.ReadFile(filepath.Join(j.dir, name))
 	if err != nil {
 		return Entry{}, err

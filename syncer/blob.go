@@ -28,7 +28,7 @@ func (p *parent) blob(ctx context.Context, repository string, desc v1.Descriptor
 		header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
 	}
 	transfer, cancel := context.WithCancelCause(ctx)
-	resp, err := p.send(transfer, p.bulk, request{http.MethodGet, "/v2/" + repository + "/blobs/" + desc.Digest.String(), header, repositoryScope(repository), what}) //nolint:bodyclose // by blobReader
+	resp, err := p.send(transfer, p.bulk, request{method: http.MethodGet, path: "/v2/" + repository + "/blobs/" + desc.Digest.String(), header: header, scope: repositoryScope(repository), what: what}) //nolint:bodyclose // by blobReader
 	if err != nil {
 		cancel(nil)
 		if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusRequestedRangeNotSatisfiable && length < desc.Size {

@@ -45,6 +45,7 @@ func FromSpec(ctx context.Context, spec *v1alpha1.Spec, secrets Secrets) (Config
 		ChunkSize:          int64(sync.ChunkSizeInMb) << 20,
 		MaxRequestsPerHour: sync.MaxRequestsPerHour,
 		OnDemand:           sync.OnDemand == nil || *sync.OnDemand,
+		ReadWrite:          spec.Mode == v1alpha1.ModeReadWrite,
 	}
 	if source != nil {
 		config.Parent = source.Parent

@@ -45,6 +45,8 @@ type run struct {
 	log      *slog.Logger
 	// etags remembers what parents call what tags stand for; see etags.
 	etags *etags
+	// clients: they write tags, too, which the journal tells of.
+	clients bool
 	// urgent: somebody waits for what this brings.
 	urgent bool
 	// err is why removals could not be looked for.
@@ -212,6 +214,11 @@ func (r *repository) plan(ctx context.Context) ([]TagPlan, error) {
 	if err != nil {
 		return nil, err
 	}
+	clients, err := r.clients(ctx)
+	if err != nil {
+		return nil, err
+	}
+	wanted = slices.DeleteFunc(wanted, func(w want) bool { return clients[w.tag] })
 	here, err := r.inventory(ctx, wanted)
 	if err != nil {
 		return nil, err
@@ -406,9 +413,22 @@ func (r *repository) follow(ctx context.Context, t TagPlan, err error) error {
 	return r.writeTag(ctx, t.Name, d)
 }
 
+// clients are the tags that clients have changed and the parent was not told of:
+// what it says about them is out of date.
+func (r *repository) clients(ctx context.Context) (map[string]bool, error) {
+	if !r.run.clients {
+		return nil, nil
+	}
+	tags, err := r.run.store.content.Journal().Tags(ctx)
+	return tags[r.name], err
+}
+
 func (r *repository) writeTag(ctx context.Context, tag string, d digest.Digest) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	if clients, err := r.clients(ctx); err != nil || clients[tag] {
+		return err // pushed since it was planned
 	}
 	if err := r.run.store.setTag(ctx, r.name, tag, d); err != nil {
 		return err

@@ -114,15 +114,19 @@ func refusal(who, what string, resp *http.Response, known bool) *fault {
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))
 	code := resp.StatusCode
 	f := &fault{status: code, after: retryAfter(resp.Header, time.Now())}
+	verb, rights := "read", "content/read and metadata/read"
+	if r := resp.Request; r != nil && r.Method != http.MethodGet && r.Method != http.MethodHead {
+		verb, rights = "change", "content/write, content/delete and metadata/write"
+	}
 	switch {
 	case code == http.StatusUnauthorized && !known:
 		f.message = fmt.Sprintf("%s wants credentials for %s (401): name them in spec.parent.credentialsSecretRef", who, what)
 	case code == http.StatusUnauthorized:
-		f.message = fmt.Sprintf("%s refused the credentials for %s (401): check the Secret that holds them, and what they may read", who, what)
+		f.message = fmt.Sprintf("%s refused the credentials for %s (401): check the Secret that holds them, and what they may %s", who, what, verb)
 	case code == http.StatusForbidden && !known:
-		f.message = fmt.Sprintf("%s does not let anonymous clients read %s (403): name credentials in spec.parent.credentialsSecretRef", who, what)
+		f.message = fmt.Sprintf("%s does not let anonymous clients %s %s (403): name credentials in spec.parent.credentialsSecretRef", who, verb, what)
 	case code == http.StatusForbidden:
-		f.message = fmt.Sprintf("%s does not let these credentials read %s (403): grant them content/read and metadata/read", who, what)
+		f.message = fmt.Sprintf("%s does not let these credentials %s %s (403): grant them %s", who, verb, what, rights)
 	case code == http.StatusNotFound:
 		f.message = fmt.Sprintf("%s has no %s (404)", who, what)
 	case code == http.StatusTooManyRequests:

@@ -75,3 +75,30 @@ func (m *metrics) observe(result Result) {
 		m.lastSuccess.Set(float64(result.End.UnixNano()) / 1e9)
 	}
 }
+
+// outboxMetrics are an Outbox's.
+type outboxMetrics struct {
+	waiting                     prometheus.Gauge
+	brought, dropped, conflicts prometheus.Counter
+}
+
+func newOutboxMetrics(registerer prometheus.Registerer) (*outboxMetrics, error) {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: "connected_registry_outbox_" + name, Help: help})
+	}
+	m := &outboxMetrics{
+		waiting:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "connected_registry_outbox_waiting", Help: "Changes by clients that the parent has not been told of."}),
+		brought:   counter("brought_total", "Changes by clients that were brought to the parent."),
+		dropped:   counter("dropped_total", "Changes by clients that the parent has not taken in time."),
+		conflicts: counter("conflicts_total", "Changes by clients that contradict one at the parent."),
+	}
+	if registerer == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{m.waiting, m.brought, m.dropped, m.conflicts} {
+		if err := registerer.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}

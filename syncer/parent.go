@@ -131,8 +131,7 @@ func newParent(config Parent, limits limits, dial dialer, log *slog.Logger) *par
 	p.bulk = &http.Client{Transport: bulk, CheckRedirect: p.redirect}
 	p.auth = &authorizer{
 		client:   &http.Client{Transport: boundedBodies{transport}, CheckRedirect: p.redirect},
-		username: config.Username,
-		password: config.Password,
+		config:   config,
 		host:     p.host,
 		insecure: config.Insecure,
 		limits:   limits,
@@ -234,7 +233,7 @@ func (p *parent) askOnce(ctx context.Context, q question) (answer, error) {
 	if q.known != "" {
 		header.Set("If-None-Match", q.known)
 	}
-	resp, err := p.send(ctx, p.client, request{q.method, q.path, header, q.scope, q.what})
+	resp, err := p.send(ctx, p.client, request{method: q.method, path: q.path, header: header, scope: q.scope, what: q.what})
 	if err != nil {
 		return answer{}, p.or(whole, err)
 	}
@@ -265,6 +264,34 @@ type request struct {
 	header http.Header
 	scope  string // "": without credentials
 	what   string // names the thing in errors
+	// body opens what is sent, size bytes, anew for each attempt. nil: nothing.
+	body func() io.ReadCloser
+	size int64
+	// also is a further status of success of a question. 0: none.
+	also int
+}
+
+func (r request) build(ctx context.Context, base string) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, r.method, base+r.path, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header = r.header.Clone()
+	req.Header.Set("User-Agent", userAgent)
+	if r.body != nil && r.size > 0 {
+		req.Body, req.ContentLength = r.body(), r.size
+		req.GetBody = func() (io.ReadCloser, error) { return r.body(), nil }
+	}
+	return req, nil
+}
+
+// done reports whether a status is one of success for the request.
+func (r request) done(status int) bool {
+	switch r.method {
+	case http.MethodGet, http.MethodHead:
+		return status == http.StatusOK || status == http.StatusPartialContent || status == r.also
+	}
+	return status >= 200 && status < 300
 }
 
 // send makes one request, answering one challenge. The caller closes the body.
@@ -273,12 +300,10 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 	what := r.what
 	var stale string // credentials that the parent refused
 	for challenges := 0; ; challenges++ {
-		req, err := http.NewRequestWithContext(ctx, r.method, p.scheme+"://"+p.host+r.path, nil)
+		req, err := r.build(ctx, p.scheme+"://"+p.host)
 		if err != nil {
 			return nil, unusable(p.String(), what, "%s", oneLine(err.Error()))
 		}
-		req.Header = r.header.Clone()
-		req.Header.Set("User-Agent", userAgent)
 		used, err := p.auth.authorize(ctx, req, r.scope, stale)
 		if err != nil {
 			return nil, err
@@ -295,7 +320,7 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 		if resp.Request.URL.Host == p.host {
 			p.pace.observe(resp.Header)
 		}
-		if resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent {
+		if r.done(resp.StatusCode) {
 			return resp, nil
 		}
 		again, err := p.refused(ctx, resp, what, used)

@@ -64,6 +64,9 @@ type Config struct {
 	// MaxRemovals is how much of a repository's tags DeletePropagation removes
 	// at once, in percent; more are held until a ManualResync. 0: 50.
 	MaxRemovals int
+	// ReadWrite says that clients push and delete, too. What they changed is not
+	// changed back before the parent was told; see Outbox.
+	ReadWrite bool
 	// Before is what was known when the last Syncer ended, of another
 	// configuration or in another process; from it, Status goes on. Zero:
 	// nothing was ever synchronised.
@@ -328,6 +331,7 @@ func (s *Syncer) newRun() *run {
 		fetcher:     s.fetcher,
 		referrers:   s.config.Referrers,
 		removing:    s.config.DeletePropagation,
+		clients:     s.config.ReadWrite,
 		maxRemovals: s.config.MaxRemovals,
 		checked:     s.checked,
 		etags:       s.etags,
