@@ -52,6 +52,7 @@ type daemonConfig struct {
 type daemon struct {
 	images cri.ImageServiceClient
 	client *containerdclient.Client
+	socket string
 
 	logPath string
 	logSeen int64 // offset in the log up to which exchanges has read
@@ -129,7 +130,7 @@ func startContainerd(t *testing.T, config daemonConfig) *daemon {
 		"Config":      config,
 	})
 
-	d := &daemon{logPath: filepath.Join(dir, "log")}
+	d := &daemon{logPath: filepath.Join(dir, "log"), socket: socket}
 	stopped := d.run(t, exec.Command(daemonPath, "--config", filepath.Join(dir, "config.toml")))
 	d.connect(t, socket, stopped)
 	return d

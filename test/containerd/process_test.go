@@ -46,6 +46,7 @@ const cacheProcessVariable = "CONTAINERD_TEST_CACHE"
 
 type cacheProcessConfig struct {
 	Dir        string   // where it stores
+	DiskSize   int64    // of a disk of its own for Dir, in bytes; 0: it has none
 	Registries []string // hosts to answer for
 	Upstream   string   // URL
 }
@@ -55,6 +56,15 @@ func runCacheProcess(encoded string) error {
 	var config cacheProcessConfig
 	if err := json.Unmarshal([]byte(encoded), &config); err != nil {
 		return err
+	}
+	if config.DiskSize > 0 {
+		if err := os.MkdirAll(config.Dir, 0o700); err != nil {
+			return err
+		}
+		// In the mount namespace that this process was started in.
+		if err := syscall.Mount("disk", config.Dir, "tmpfs", 0, fmt.Sprintf("size=%d", config.DiskSize)); err != nil {
+			return fmt.Errorf("mounting a small disk: %w", err)
+		}
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -97,6 +107,9 @@ func startCacheProcess(t *testing.T, config cacheProcessConfig) *cacheProcess {
 	cmd := exec.Command(self)
 	cmd.Env = []string{cacheProcessVariable + "=" + string(encoded)}
 	cmd.Stderr = t.Output()
+	if config.DiskSize > 0 {
+		cmd.SysProcAttr = isolation()
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
