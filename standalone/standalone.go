@@ -67,6 +67,7 @@ type Standalone struct {
 	CacheURL    string
 
 	store     *storage.Store
+	collect   v1alpha1.GarbageCollection
 	ca        trust.Bundle
 	renew     func() (changed bool, err error) // of the serving certificate
 	onDemand  bool
@@ -90,7 +91,7 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if c.Secrets == "" {
 		c.Secrets = filepath.Join(c.Data, "secrets")
 	}
-	s := &Standalone{log: c.Logger}
+	s := &Standalone{log: c.Logger, collect: c.Resource.Spec.GarbageCollection}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -135,6 +136,10 @@ func (s *Standalone) Run(ctx context.Context) error {
 		g.Go(func() error { return s.Registry.Run(ctx) })
 		g.Go(func() error {
 			s.keepServing(ctx)
+			return nil
+		})
+		g.Go(func() error {
+			syncer.Maintain(ctx, s.store, func() v1alpha1.GarbageCollection { return s.collect }, s.log)
 			return nil
 		})
 	}
@@ -195,6 +200,10 @@ func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	rules, err := registry.NewRules(&c.Resource.Spec)
+	if err != nil {
+		return err
+	}
 	readOnly := c.Resource.Spec.Mode != v1alpha1.ModeReadWrite
 	s.Registry, err = registry.New(registry.Config{
 		Store:    s.store,
@@ -202,6 +211,7 @@ func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 		CertFile: filepath.Join(certs, "tls.crt"),
 		KeyFile:  filepath.Join(certs, "tls.key"),
 		ReadOnly: func() bool { return readOnly },
+		Rules:    func() *registry.Rules { return rules },
 		Auth:     authority,
 		Missing:  s.want,
 		Logger:   c.Logger,
@@ -225,13 +235,18 @@ func (s *Standalone) openAuth(ctx context.Context, c Config) (*auth.Authority, e
 	if err != nil {
 		return nil, err
 	}
+	rules, err := registry.NewRules(&c.Resource.Spec)
+	if err != nil {
+		return nil, err
+	}
 	anonymous := c.Resource.Spec.AnonymousPull
 	return auth.New(auth.Config{
-		Dir:           dir,
-		Secret:        secret,
-		AnonymousPull: func() bool { return anonymous },
-		Hosts:         func() []string { return []string{s.LoginServer} },
-		Logger:        c.Logger,
+		Dir:              dir,
+		Secret:           secret,
+		AnonymousPull:    func() bool { return anonymous },
+		AnonymousPullFor: rules.AnonymousPullFor,
+		Hosts:            func() []string { return []string{s.LoginServer} },
+		Logger:           c.Logger,
 	})
 }
 

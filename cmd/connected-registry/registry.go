@@ -129,11 +129,12 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 
 func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, log *slog.Logger) (*registry.Server, error) {
 	authority, err := auth.New(auth.Config{
-		Dir:           f.replica,
-		Secret:        settings.Secret(),
-		AnonymousPull: settings.AnonymousPull,
-		Hosts:         settings.Names,
-		Logger:        log,
+		Dir:              f.replica,
+		Secret:           settings.Secret(),
+		AnonymousPull:    settings.AnonymousPull,
+		AnonymousPullFor: settings.AnonymousPullFor,
+		Hosts:            settings.Names,
+		Logger:           log,
 	})
 	if err != nil {
 		return nil, err
@@ -141,6 +142,7 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 	config := registry.Config{
 		Store:     store,
 		ReadOnly:  settings.ReadOnly,
+		Rules:     settings.Rules,
 		Auth:      authority,
 		Missing:   syncer.NewOnDemand(store, settings.Spec, log).Missing,
 		DrainTime: f.drainTimeout,

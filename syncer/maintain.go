@@ -1,0 +1,59 @@
+package syncer
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// maintainCheck is how often Maintain looks whether its time has come, or its
+// configuration has changed.
+const maintainCheck = 30 * time.Second
+
+// Maintain looks after a store on the schedule of spec.garbageCollection until ctx
+// ends: see storage.Store.Maintain. The configuration, with its defaults, is asked
+// for anew each time, so that it can change. One process at a time does this, the
+// leader; what fails is logged, and tried again when the time comes.
+func Maintain(ctx context.Context, store *storage.Store, config func() v1alpha1.GarbageCollection, log *slog.Logger) {
+	schedule, due := "", time.Time{}
+	for {
+		gc := config()
+		if gc.Schedule != schedule {
+			schedule, due = gc.Schedule, next(gc.Schedule, log)
+		}
+		if !due.IsZero() && !time.Now().Before(due) {
+			if gc.Enabled == nil || *gc.Enabled {
+				maintain(ctx, store, gc, log)
+			}
+			due = next(schedule, log)
+		}
+		if sleep(ctx, maintainCheck) != nil {
+			return
+		}
+	}
+}
+
+// next is when a schedule is due; the zero time if that is never.
+func next(schedule string, log *slog.Logger) time.Time {
+	s, err := v1alpha1.ParseSchedule(schedule)
+	if err != nil {
+		log.Error("garbage is not collected", "error", fmt.Errorf("spec.garbageCollection.schedule: %w", err))
+		return time.Time{}
+	}
+	return s.Next(time.Now())
+}
+
+func maintain(ctx context.Context, store *storage.Store, gc v1alpha1.GarbageCollection, log *slog.Logger) {
+	minAge, err := v1alpha1.ParseDuration(gc.MinAge)
+	if err != nil {
+		log.Error("garbage is not collected", "error", fmt.Errorf("spec.garbageCollection.minAge: %w", err))
+		return
+	}
+	if _, err := store.Maintain(ctx, storage.Maintenance{MinAge: minAge}); err != nil && ctx.Err() == nil {
+		log.Error("looking after the stored content was broken off; it goes on at the next scheduled time", "error", err)
+	}
+}
