@@ -41,8 +41,10 @@ type Config struct {
 	// Empty: "/".
 	NodeRoot string
 	// CertsDir is containerd's hosts directory, as a path inside NodeRoot.
-	// Empty: /etc/containerd/certs.d.
+	// Empty: the one that Runtime reads, or else /etc/containerd/certs.d.
 	CertsDir string
+	// Runtime is the node's container runtime. nil: nobody looks at it.
+	Runtime Runtime
 	// Cache is the node's cache, CacheURL where containerd reaches it. nil and
 	// empty: there is none.
 	Cache    Cache
@@ -82,6 +84,7 @@ type Daemon struct {
 	recorder *recorder
 	metrics  *metrics
 	health   health
+	runtime  *runtimeWatch
 
 	// What follows belongs to the goroutine of loop.
 	keep     *keep
@@ -94,6 +97,7 @@ type Daemon struct {
 	keepErr  error
 	cacheErr error
 	setErr   error
+	found    runtimeNews // about the runtime
 	node     *keeper
 	report   *agent.Report
 	acked    acknowledgement
@@ -127,6 +131,10 @@ func New(cfg Config) (*Daemon, error) {
 		return nil, err
 	}
 	d.lease = newLeaser(lease{client: d.client, node: cfg.Node, holder: cfg.Pod}, d.metrics.leaseWritten, d.log)
+	d.runtime = &runtimeWatch{
+		runtime: cfg.Runtime, tell: d.in.runtimeIs, woken: make(chan struct{}, 1),
+		turn: func(ctx context.Context) (func(), error) { return d.client.takeTurn(ctx, cfg.Node) },
+	}
 	d.recorder = newRecorder(d.client, cfg.Node, cfg.Pod, d.log)
 	d.watches = &watches{client: d.client, tell: d.in.secretIs, failed: d.in.secretFails, running: make(map[string]context.CancelFunc)}
 	return d, nil
@@ -139,6 +147,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer d.keep.close()
+	d.found = d.runtime.first(ctx)
 	d.restore(time.Now())
 	g, ctx := errgroup.WithContext(ctx)
 	run := func(f func(context.Context)) {
@@ -150,6 +159,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	run(func(ctx context.Context) { followFile(ctx, d.cfg.File, d.in.fileIs) })
 	run(d.lease.run)
 	run(d.recorder.run)
+	run(d.runtime.run)
 	run(d.loop)
 	return g.Wait()
 }
@@ -190,14 +200,19 @@ func (d *Daemon) loop(ctx context.Context) {
 func (d *Daemon) step(ctx context.Context, now time.Time) time.Duration {
 	n := d.in.take()
 	d.report = n.report
+	if n.runtime != nil {
+		d.found = *n.runtime
+	}
 	if n.file != nil {
 		d.takeFile(n.file)
 	}
 	d.takeSecrets(ctx, n, now)
 	if d.leave.wanted {
+		d.runtime.leave()
 		d.cleanUp(ctx)
 	} else {
 		d.configure(ctx)
+		d.runtime.allow(d.config != nil && d.config.ConfigureRuntime)
 	}
 	d.publish(n)
 	return d.nextStep(now)
@@ -289,7 +304,7 @@ func (d *Daemon) configure(ctx context.Context) {
 	}
 	a := d.config.gather(d.bundles())
 	waits := d.waitsFor(a)
-	key := fmt.Sprint(d.config.digest, " ", waits, " ", a.own.Fingerprint())
+	key := fmt.Sprint(d.config.digest, " ", waits, " ", a.own.Fingerprint(), " ", d.certsDir(), d.found.Reserved)
 	for _, s := range d.config.CASecrets {
 		key += " " + d.sources[s.Name].bundle.Fingerprint()
 	}
@@ -305,7 +320,8 @@ func (d *Daemon) configure(ctx context.Context) {
 		return
 	}
 	cfg := d.config.nodeConfig(a, d.cfg.CacheURL)
-	cfg.NodeRoot, cfg.CertsDir, cfg.Logger, cfg.Report = d.cfg.NodeRoot, d.cfg.CertsDir, d.log, d.in.nodeIs
+	cfg.Mirrors = withoutReserved(cfg.Mirrors, d.found.Reserved)
+	cfg.NodeRoot, cfg.CertsDir, cfg.Logger, cfg.Report = d.cfg.NodeRoot, d.certsDir(), d.log, d.in.nodeIs
 	if d.cfg.Level != nil {
 		d.cfg.Level.Set(slogLevel(d.config.LogLevel))
 	}

@@ -152,3 +152,8 @@ func fingerprints(b trust.Bundle) string {
 	slices.Sort(all)
 	return strings.Join(all, ",")
 }
+
+// withoutReserved leaves out the mirrors of registries that are somebody else's.
+func withoutReserved(mirrors []agent.Mirror, reserved []string) []agent.Mirror {
+	return slices.DeleteFunc(mirrors, func(m agent.Mirror) bool { return slices.Contains(reserved, m.Registry) })
+}

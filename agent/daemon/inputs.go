@@ -24,6 +24,7 @@ type news struct {
 	// look to look.
 	unreachable map[string]error
 	report      *agent.Report // kept from look to look
+	runtime     *runtimeNews
 }
 
 type fileNews struct {
@@ -48,13 +49,20 @@ func (in *inputs) take() news {
 	defer in.mu.Unlock()
 	out := in.news
 	out.unreachable = maps.Clone(out.unreachable)
-	in.news.file, in.news.secrets = nil, make(map[string]seen)
+	in.news.file, in.news.runtime, in.news.secrets = nil, nil, make(map[string]seen)
 	return out
 }
 
 func (in *inputs) fileIs(raw []byte, err error) {
 	in.mu.Lock()
 	in.news.file = &fileNews{raw, err}
+	in.mu.Unlock()
+	in.wake()
+}
+
+func (in *inputs) runtimeIs(r runtimeNews) {
+	in.mu.Lock()
+	in.news.runtime = &r
 	in.mu.Unlock()
 	in.wake()
 }

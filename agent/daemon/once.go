@@ -29,6 +29,9 @@ type OnceConfig struct {
 	// NodeRoot, CertsDir, CacheURL and Logger are as in Config.
 	NodeRoot, CertsDir, CacheURL string
 	Logger                       *slog.Logger
+	// Reserved are registries that the node's distribution looks after, and that
+	// are not mirrored therefore.
+	Reserved []string
 }
 
 // Once configures a node from files alone, and returns the paths that it
@@ -62,6 +65,7 @@ func Once(ctx context.Context, cfg OnceConfig) (changed []string, err error) {
 		return nil, errors.New("the registry's certificates come from a Secret: give its CA with --ca")
 	}
 	node := c.nodeConfig(authorities{own: own}, cfg.CacheURL)
+	node.Mirrors = withoutReserved(node.Mirrors, cfg.Reserved)
 	node.NodeRoot, node.CertsDir, node.Logger = cfg.NodeRoot, cfg.CertsDir, cfg.Logger
 	a, err := agent.New(node)
 	if err != nil {

@@ -31,6 +31,7 @@ const (
 	partNode          = "node"
 	partCache         = "cache"
 	partState         = "state"
+	partRuntime       = "runtime"
 )
 
 // acknowledgement is what the node has been brought to.
@@ -106,6 +107,7 @@ func (d *Daemon) findFaults(n news) map[string]fault {
 	put(partState, pod, "NotKept", d.keepErr)
 	put(partNode, pod, "NodeNotConfigured", d.nodeFault())
 	put(partCache, pod, "CacheNotServing", d.cacheFault())
+	put(partRuntime, pod, "RuntimeNotConfigured", d.runtimeFault())
 	return all
 }
 
@@ -187,6 +189,7 @@ func (d *Daemon) annotations() map[string]string {
 	}
 	put(AnnotationConfiguration, d.acked.configuration)
 	put(AnnotationFingerprints, d.acked.fingerprints)
+	put(AnnotationRuntime, d.found.Report)
 	var wrong []string
 	for _, key := range slices.Sorted(maps.Keys(d.faults)) {
 		if f := d.faults[key]; !f.note {
