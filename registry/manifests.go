@@ -59,6 +59,9 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 	change := storage.Change{Action: storage.ActionPush, Repository: repo.Name(), Digest: d, MediaType: m.MediaType, Size: int64(len(content)), Actor: who.name()}
 	if len(tags) > 0 {
 		change.Tag = tags[0]
+		if before, err := repo.Tag(change.Tag); err == nil {
+			change.Previous = before
+		}
 	}
 	err = s.record(rules, change, func() error {
 		return storeManifest(r.Context(), rules, repo, m, d, content, tags)
@@ -128,7 +131,7 @@ func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo sto
 		if change.Digest, err = repo.Tag(ref); err != nil {
 			return ifAbsent(err, unknown)
 		}
-		change.Tag = ref
+		change.Tag, change.Previous = ref, change.Digest
 		apply = func() error { return ifAbsent(repo.DeleteTag(r.Context(), ref), unknown) }
 	}
 	err = rules.mayGo(repo, func(tag string) bool {

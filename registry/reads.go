@@ -3,8 +3,6 @@ package registry
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -39,13 +37,9 @@ func (s *Server) sendManifest(w http.ResponseWriter, r *http.Request, repo stora
 	if err != nil {
 		return err
 	}
-	f, fi, err := repo.OpenManifest(r.Context(), d)
+	content, err := repo.Manifest(r.Context(), d)
 	if err != nil {
 		return ifAbsent(err, errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref}))
-	}
-	defer f.Close()
-	if fi.Size() > maxManifest {
-		return errManifestUnknown.because("%s is no manifest: it has %d bytes", d, fi.Size())
 	}
 	h := w.Header()
 	h.Set("Docker-Content-Digest", d.String())
@@ -55,30 +49,17 @@ func (s *Server) sendManifest(w http.ResponseWriter, r *http.Request, repo stora
 		return nil
 	}
 	mediaType, known := s.types.get(d)
-	if r.Method == http.MethodHead && known {
-		manifestHeader(h, mediaType, fi.Size())
-		w.WriteHeader(http.StatusOK)
-		return nil
-	}
-	content := make([]byte, fi.Size())
-	if _, err := io.ReadFull(f, content); err != nil {
-		return fmt.Errorf("reading manifest %s: %w", d, err)
-	}
 	if !known {
 		mediaType = manifestType(content)
 		s.types.put(d, mediaType)
 	}
-	manifestHeader(h, mediaType, fi.Size())
+	h.Set("Content-Type", mediaType)
+	h.Set("Content-Length", strconv.Itoa(len(content)))
 	w.WriteHeader(http.StatusOK)
 	if r.Method == http.MethodGet {
 		w.Write(content)
 	}
 	return nil
-}
-
-func manifestHeader(h http.Header, mediaType string, size int64) {
-	h.Set("Content-Type", mediaType)
-	h.Set("Content-Length", strconv.FormatInt(size, 10))
 }
 
 // getBlob answers GET and HEAD of a blob, with ranges. From the file to a plain

@@ -170,7 +170,7 @@ func TestJournalOfPushesAndDeletions(t *testing.T) {
 	untagged := push
 	untagged.Tag = ""
 	want := []storage.Entry{{Change: push}, {Change: untagged},
-		{Change: storage.Change{Action: storage.ActionDelete, Repository: "a", Tag: "t", Digest: d}},
+		{Change: storage.Change{Action: storage.ActionDelete, Repository: "a", Tag: "t", Digest: d, Previous: d}},
 		{Change: storage.Change{Action: storage.ActionDelete, Repository: "a", Digest: d}},
 		{Change: storage.Change{Action: storage.ActionDelete, Repository: "a"}}}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(storage.Entry{}, "ID", "Time")); diff != "" {

@@ -53,7 +53,7 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 		return s.finish(w, r, repo, upload, d)
 	}
 	if err := upload.Close(); err != nil {
-		return abandon(r.Context(), upload, err)
+		return abandon(r.Context(), repo, upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusAccepted)
 }
@@ -114,7 +114,7 @@ func (s *Server) uploadProgress(w http.ResponseWriter, r *http.Request, repo sto
 		return err
 	}
 	if err := upload.Close(); err != nil {
-		return abandon(r.Context(), upload, err)
+		return abandon(r.Context(), repo, upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusNoContent)
 }
@@ -129,7 +129,7 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 		return err
 	}
 	if err := upload.Close(); err != nil {
-		return abandon(r.Context(), upload, err)
+		return abandon(r.Context(), repo, upload, err)
 	}
 	return uploadStatus(w, repo, upload, http.StatusAccepted)
 }
@@ -179,7 +179,7 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	case errors.Is(err, distribution.ErrBlobInvalidLength):
 		return errors.Join(errSizeInvalid, repo.DeleteUpload(upload.ID()))
 	default:
-		return abandon(r.Context(), upload, fmt.Errorf("committing as %s: %w", d, err))
+		return abandon(r.Context(), repo, upload, fmt.Errorf("committing as %s: %w", d, err))
 	}
 }
 
@@ -211,13 +211,16 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 	case body.err != nil:
 		return errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
 	default:
-		return abandon(r.Context(), upload, err)
+		return abandon(r.Context(), repo, upload, err)
 	}
 }
 
 // abandon throws away an upload that the storage failed, and returns why.
-func abandon(ctx context.Context, upload distribution.BlobWriter, err error) error {
-	_ = upload.Cancel(ctx) // of a storage that fails, not to be expected to succeed
+func abandon(ctx context.Context, repo storage.Repository, upload distribution.BlobWriter, err error) error {
+	// Of a storage that fails, neither is to be expected to succeed. Cancel
+	// closes the file, and after a failed commit does nothing else.
+	_ = upload.Cancel(ctx)
+	_ = repo.DeleteUpload(upload.ID())
 	return fmt.Errorf("upload %s: %w", upload.ID(), err)
 }
 

@@ -35,7 +35,7 @@ const sealEpoch = 1_000_000_000
 // coarsest file systems in use can store exactly. It is the zero time when d is
 // not a valid digest.
 func SealTime(d digest.Digest) time.Time {
-	if d.Validate() != nil {
+	if !validDigest(d) {
 		return time.Time{}
 	}
 	head, err := hex.DecodeString(d.Encoded()[:8])

@@ -74,6 +74,7 @@ type Store struct {
 	namespace distribution.Namespace
 	journal   *Journal
 	usage     *ledger
+	manifests *manifestCache
 
 	// quit ends the hashing that goes on behind requests; running counts it.
 	quit    chan struct{}
@@ -119,7 +120,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.journal, s.usage = newJournal(s), newLedger(s)
+	s.journal, s.usage, s.manifests = newJournal(s), newLedger(s), newManifestCache()
 	s.driver = &driver{
 		StorageDriver: filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
 		store:         s,

@@ -53,7 +53,9 @@ func upload(ctx context.Context, s *Store, name string, content []byte) (digest.
 		return "", err
 	}
 	d := digest.FromBytes(content)
-	_, err = w.Commit(ctx, v1.Descriptor{Digest: d})
+	if _, err = w.Commit(ctx, v1.Descriptor{Digest: d}); err != nil {
+		err = errors.Join(err, Repository{store: s, path: repositoriesRoot + name}.DeleteUpload(w.ID()))
+	}
 	return d, err
 }
 

@@ -410,6 +410,9 @@ func (a *Authority) mayChallenge(r *http.Request) bool {
 // foreign is the registry on whose behalf containerd makes a request; empty when
 // that is this one.
 func (a *Authority) foreign(r *http.Request) string {
+	if r.URL.RawQuery == "" {
+		return ""
+	}
 	ns := r.URL.Query().Get("ns")
 	if ns == r.Host || a.cfg.Hosts != nil && slices.Contains(a.cfg.Hosts(), ns) {
 		return ""
