@@ -143,6 +143,10 @@ func (c *Cache) Run(ctx context.Context) error {
 		return nil
 	})
 	g.Go(func() error {
+		d.store.settle(running)
+		return nil
+	})
+	g.Go(func() error {
 		d.store.scrub(running)
 		return nil
 	})
@@ -162,6 +166,7 @@ func (c *Cache) Run(ctx context.Context) error {
 	err = g.Wait()
 	c.requests.Wait()
 	c.work.Wait()
+	d.store.settleLast()
 	for _, reg := range *c.registries.Load() {
 		reg.closeIdle()
 	}

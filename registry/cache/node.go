@@ -36,5 +36,20 @@ func NodeRegistries(c *v1alpha1.NodeConfiguration, caFile string) map[string]Reg
 	return all
 }
 
+// Doubts reports whether an upstream has not answered in time, and has given no
+// answer since.
+func (c *Cache) Doubts() bool {
+	for _, reg := range *c.registries.Load() {
+		for _, group := range reg.upstreams {
+			for _, up := range group {
+				if up.down.Load() != 0 {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
 // Serving reports whether Run has come so far that requests are answered.
 func (c *Cache) Serving() bool { return c.disk.Load() != nil }

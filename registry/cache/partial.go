@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/connected-registry/connected-registry/storage"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -238,7 +237,7 @@ func (p *partial) commit(under func(rename func() error) error) error {
 	path := p.store.blobPath(p.digest)
 	err := os.MkdirAll(filepath.Dir(path), 0o700)
 	if err == nil {
-		err = storage.Seal(p.File, p.digest)
+		err = p.store.trust(p.File, p.digest)
 	}
 	if err == nil {
 		err = under(func() error { return os.Rename(p.Name(), path) })

@@ -19,7 +19,7 @@ import (
 
 // store keeps blobs as files named by their digest, under
 //
-//	blobs/<algorithm>/<2 hex>/<hex>     verified, sealed (package storage)
+//	blobs/<algorithm>/<2 hex>/<hex>     verified; sealed (package storage) a while after it came in
 //	partial/<algorithm>-<hex>           the beginning of one
 //	partial/<algorithm>-<hex>.state     where it can be continued from
 //
@@ -47,6 +47,7 @@ type store struct {
 	reserved int64                  // bytes of running downloads
 	writing  map[digest.Digest]bool // files of partial that are open
 	checking map[digest.Digest]*check
+	fresh    map[digest.Digest]fresh // verified, without a seal yet
 	closing  bool
 	checks   sync.WaitGroup
 }
@@ -85,6 +86,7 @@ func newStore(dir string, maxSize, minFree int64, log *slog.Logger, m *metrics) 
 		index:    make(map[digest.Digest]*entry),
 		writing:  make(map[digest.Digest]bool),
 		checking: make(map[digest.Digest]*check),
+		fresh:    make(map[digest.Digest]fresh),
 	}
 	s.oldest.prev, s.oldest.next = &s.oldest, &s.oldest
 	return s, nil
@@ -132,7 +134,7 @@ func (s *store) open(ctx context.Context, d digest.Digest, patience time.Duratio
 			f.Close()
 			return nil, err
 		}
-		if storage.Sealed(fi, d) {
+		if s.trusted(fi, d) {
 			e := s.use(d, fi.Size(), f)
 			return &blob{File: f, size: fi.Size(), store: s, entry: e}, nil
 		}
