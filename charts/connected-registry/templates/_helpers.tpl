@@ -87,9 +87,10 @@ readinessProbe:
 {{ .Values.pvc.existingClaim | default "connected-registry-storage" }}
 {{- end }}
 
-{{/* The Secret with the serving certificate. */}}
+{{/* The Secret with a certificate of one's own. Replicas mount the syncer's copy
+of it, connected-registry-tls, which follows once every node trusts its CA. */}}
 {{- define "connected-registry.tlsSecret" -}}
-{{ .Values.tls.secret | default "connected-registry-tls" }}
+{{ .Values.tls.secret | default "connected-registry-tls-own" }}
 {{- end }}
 
 {{/* The spec of the ConnectedRegistry. */}}
