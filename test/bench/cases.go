@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -46,6 +47,8 @@ type benchmark struct {
 	nginx              *process
 	running            []*process
 	cacheDir, nginxDir string
+	upstream           string    // of the cache; "": standalone
+	pullImage          pullImage // once it is written
 }
 
 func (b *benchmark) data() string   { return filepath.Join(b.dir, "data") }
@@ -68,6 +71,11 @@ func (b *benchmark) prepare(ctx context.Context) (err error) {
 	}
 	if err := build(ctx, ".", theirs, "github.com/distribution/distribution/v3/cmd/registry"); err != nil {
 		return err
+	}
+	for name, pkg := range map[string]string{"regsync": "github.com/regclient/regclient/cmd/regsync", "crane": "github.com/google/go-containerregistry/cmd/crane"} {
+		if err := build(ctx, ".", filepath.Join(b.dir, name), pkg); err != nil {
+			return err
+		}
 	}
 	root := filepath.Join(b.data(), "registry")
 	if err := os.MkdirAll(root, 0o755); err != nil {
@@ -220,20 +228,27 @@ http {
 }
 
 func (b *benchmark) startCache() (err error) {
-	b.cache, err = b.start("cache", "", b.self, roleCache, b.cacheDir, "https://"+b.standalone.addr, b.caFile())
+	upstream := cmp.Or(b.upstream, "https://"+b.standalone.addr)
+	b.cache, err = b.start("cache", "", b.self, roleCache, b.cacheDir, upstream, b.caFile())
 	return err
 }
 
 // restartCache starts the cache anew, after doing something to its directory.
 func (b *benchmark) restartCache(between func() error) error {
-	b.cache.stop()
-	b.running = b.running[:len(b.running)-1] // the cache was started last
+	b.stopLast() // which is the cache
 	if between != nil {
 		if err := between(); err != nil {
 			return err
 		}
 	}
 	return b.startCache()
+}
+
+// stopLast stops the server that was started last.
+func (b *benchmark) stopLast() {
+	last := len(b.running) - 1
+	b.running[last].stop()
+	b.running = b.running[:last]
 }
 
 func (b *benchmark) groups() []group {
@@ -259,6 +274,13 @@ func (b *benchmark) groups() []group {
 			{"cache: manifest HEAD by tag", func() ([]line, error) { return b.cacheManifest("HEAD", b.content.manifestPath(), requestBounds{}) }},
 			{"cache: 100,000 blobs", b.manyBlobs},
 		}},
+		{"node cache, 1 GiB image", "without", []benchCase{
+			{"cache: cold pull by containerd", b.coldPull},
+		}},
+		{"node cache, 1 GiB at 100 MiB/s", "1 client", []benchCase{
+			{"cache: 16 clients at once", b.wave},
+		}},
+		{"sync", "best other", b.syncCases()},
 	}
 }
 

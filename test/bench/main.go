@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -17,7 +18,7 @@ func main() {
 	// A child is killed with the thread that started it, see start. This one
 	// stays as long as the program.
 	runtime.LockOSThread()
-	if len(os.Args) > 1 && (os.Args[1] == roleRegistry || os.Args[1] == roleCache) {
+	if len(os.Args) > 1 && slices.Contains([]string{roleRegistry, roleCache, roleParent, roleSync}, os.Args[1]) {
 		exitOn(serveRole(os.Args[1], os.Args[2:]))
 		return
 	}

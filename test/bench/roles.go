@@ -20,6 +20,8 @@ import (
 const (
 	roleRegistry = "serve-registry" // STORE: the registry in plain HTTP, open to read for everybody
 	roleCache    = "serve-cache"    // DIR URL CAFILE: the node cache before a registry
+	roleParent   = "serve-parent"   // STORE OPTIONS: a registry that counts, over a link that may be bad
+	roleSync     = "sync"           // OPTIONS: the sync engine
 )
 
 // profileVariable names the directory that a role writes its CPU profile to.
@@ -41,11 +43,17 @@ func serveRole(role string, args []string) error {
 		}
 		defer pprof.StopCPUProfile()
 	}
+	if role == roleSync {
+		return serveSync(ctx, args[0])
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	fmt.Println(l.Addr())
+	if role == roleParent {
+		return serveParent(ctx, l, args[0], args[1])
+	}
 	if role == roleRegistry {
 		return serveRegistry(ctx, l, args[0])
 	}

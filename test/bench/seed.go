@@ -55,7 +55,7 @@ func seed(ctx context.Context, root string) (content, error) {
 	if c.layer, c.layerFile, err = writeLayer(root); err != nil {
 		return content{}, err
 	}
-	if c.large, err = writeLarge(root); err != nil {
+	if c.large, err = writeLarge(root, largeCount); err != nil {
 		return content{}, err
 	}
 	for _, d := range append(c.large, c.layer) {
@@ -96,13 +96,13 @@ func writeLayer(root string) (digest.Digest, string, error) {
 
 // writeLarge stores layers that take no time to write: zeros, of which the disk
 // holds none.
-func writeLarge(root string) (all []digest.Digest, err error) {
+func writeLarge(root string, count int) (all []digest.Digest, err error) {
 	hash := sha256.New()
 	chunk := make([]byte, 1<<20)
 	for range largeSize / len(chunk) {
 		hash.Write(chunk)
 	}
-	for i := range largeCount {
+	for i := range count {
 		const more = 4096
 		hash.Write(chunk[:more])
 		d := digest.NewDigest(digest.SHA256, hash)
