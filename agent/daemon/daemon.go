@@ -72,6 +72,8 @@ type Cache interface {
 	Serving() bool
 	// Fault says why it cannot. nil: it does, or is about to.
 	Fault() error
+	// Doubts reports whether the registry has left it waiting lately.
+	Doubts() bool
 }
 
 // Daemon is the agent of one node. See the package's documentation.
@@ -82,6 +84,7 @@ type Daemon struct {
 	in       *inputs
 	lease    *leaser
 	recorder *recorder
+	prober   *prober
 	metrics  *metrics
 	health   health
 	runtime  *runtimeWatch
@@ -137,6 +140,10 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d.recorder = newRecorder(d.client, cfg.Node, cfg.Pod, d.log)
 	d.watches = &watches{client: d.client, tell: d.in.secretIs, failed: d.in.secretFails, running: make(map[string]context.CancelFunc)}
+	d.prober = &prober{every: probeInterval, tell: d.in.registryHangs, suspect: func() bool {
+		// Without the cache's hop, leaving the registry out would leave nothing.
+		return cfg.Cache != nil && (cfg.Cache.Doubts() || !cfg.Cache.Serving())
+	}}
 	return d, nil
 }
 
@@ -159,6 +166,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	run(func(ctx context.Context) { followFile(ctx, d.cfg.File, d.in.fileIs) })
 	run(d.lease.run)
 	run(d.recorder.run)
+	run(d.prober.run)
 	run(d.runtime.run)
 	run(d.loop)
 	return g.Wait()
@@ -211,7 +219,7 @@ func (d *Daemon) step(ctx context.Context, now time.Time) time.Duration {
 		d.runtime.leave()
 		d.cleanUp(ctx)
 	} else {
-		d.configure(ctx)
+		d.configure(ctx, n.hangs)
 		d.runtime.allow(d.config != nil && d.config.ConfigureRuntime)
 	}
 	d.publish(n)
@@ -298,13 +306,13 @@ func (d *Daemon) waitsFor(a authorities) string {
 
 // configure hands what is known on to cache and node. The certificates are in
 // place before anything that counts on them.
-func (d *Daemon) configure(ctx context.Context) {
+func (d *Daemon) configure(ctx context.Context, hangs bool) {
 	if d.config == nil {
 		return
 	}
 	a := d.config.gather(d.bundles())
 	waits := d.waitsFor(a)
-	key := fmt.Sprint(d.config.digest, " ", waits, " ", a.own.Fingerprint(), " ", d.certsDir(), d.found.Reserved)
+	key := fmt.Sprint(d.config.digest, " ", waits, " ", a.own.Fingerprint(), " ", d.certsDir(), d.found.Reserved, hangs)
 	for _, s := range d.config.CASecrets {
 		key += " " + d.sources[s.Name].bundle.Fingerprint()
 	}
@@ -316,11 +324,13 @@ func (d *Daemon) configure(ctx context.Context) {
 		d.keepErr = d.keep.save(d.config, d.bundles(), a.own)
 	}
 	d.configureCache(a)
+	d.prober.target(d.config.Registry, d.config.PlainHTTP)
 	if waits != "" {
 		return
 	}
 	cfg := d.config.nodeConfig(a, d.cfg.CacheURL)
 	cfg.Mirrors = withoutReserved(cfg.Mirrors, d.found.Reserved)
+	cfg.SkipRegistry = hangs
 	cfg.NodeRoot, cfg.CertsDir, cfg.Logger, cfg.Report = d.cfg.NodeRoot, d.certsDir(), d.log, d.in.nodeIs
 	if d.cfg.Level != nil {
 		d.cfg.Level.Set(slogLevel(d.config.LogLevel))

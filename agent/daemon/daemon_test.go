@@ -83,6 +83,7 @@ type testCache struct {
 	registries []string
 	caFile     string
 	failing    atomic.Bool
+	doubting   atomic.Bool
 }
 
 func (c *testCache) Configure(n *v1alpha1.NodeConfiguration, caFile string) error {
@@ -93,6 +94,8 @@ func (c *testCache) Configure(n *v1alpha1.NodeConfiguration, caFile string) erro
 }
 
 func (c *testCache) Serving() bool { return !c.failing.Load() }
+
+func (c *testCache) Doubts() bool { return c.doubting.Load() }
 
 func (c *testCache) Fault() error {
 	if c.failing.Load() {
@@ -137,7 +140,7 @@ func (s *site) start(change ...func(*Config)) {
 	if s.d, err = New(cfg); err != nil {
 		s.t.Fatal(err)
 	}
-	s.d.lease.gap = 10 * time.Millisecond
+	s.d.lease.gap, s.d.prober.every = 10*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(s.t.Context())
 	ended := make(chan error, 1)
 	d := s.d
@@ -240,7 +243,9 @@ func TestLife(t *testing.T) {
 	s.start()
 	s.eventually("waiting", func() bool { return strings.HasPrefix(s.ready(), "waiting for the configuration") })
 	s.mounted(nodeYAML)
-	s.eventually("waiting", func() bool { return s.ready() == "waiting for the registry's CA certificates in Secret connected-registry-ca" })
+	s.eventually("waiting", func() bool {
+		return s.ready() == "waiting for the registry's CA certificates in Secret connected-registry-ca"
+	})
 	if diff := cmp.Diff(pristine, s.files()); diff != "" {
 		t.Errorf("touched the node before it knew what to do: %s", diff)
 	}
@@ -278,7 +283,9 @@ func TestLife(t *testing.T) {
 	digest := s.said(testNode)[AnnotationConfiguration]
 	s.mounted(strings.Replace(nodeYAML, "docker.io", "../../etc", 1))
 	s.complains("mirrors[0].registry")
-	s.eventually("Event", func() bool { return slices.Contains(s.raised(), "ConfigMap/connected-registry-node InvalidConfiguration") })
+	s.eventually("Event", func() bool {
+		return slices.Contains(s.raised(), "ConfigMap/connected-registry-node InvalidConfiguration")
+	})
 	s.mounted(nodeYAML + "bogus: 1\n")
 	s.complains("bogus")
 	if got := s.said(testNode)[AnnotationConfiguration]; got != digest {

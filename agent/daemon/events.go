@@ -96,4 +96,3 @@ func (r *recorder) raise(ctx context.Context, o occurrence) error {
 	}
 	return r.client.core.Post().Namespace(r.client.namespace).Resource("events").Body(event).Do(ctx).Error()
 }
-

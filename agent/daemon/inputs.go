@@ -24,6 +24,7 @@ type news struct {
 	// look to look.
 	unreachable map[string]error
 	report      *agent.Report // kept from look to look
+	hangs       bool          // the registry; kept from look to look
 	runtime     *runtimeNews
 }
 
@@ -65,6 +66,16 @@ func (in *inputs) runtimeIs(r runtimeNews) {
 	in.news.runtime = &r
 	in.mu.Unlock()
 	in.wake()
+}
+
+func (in *inputs) registryHangs(hangs bool) {
+	in.mu.Lock()
+	changed := in.news.hangs != hangs
+	in.news.hangs = hangs
+	in.mu.Unlock()
+	if changed {
+		in.wake()
+	}
 }
 
 func (in *inputs) secretIs(name string, s seen) {

@@ -48,7 +48,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: prefix + "configuration_applied", Help: "1 for the digest of the configuration that is in effect.",
 		}, []string{"digest"}),
 	}
-	for _, part := range []string{partConfiguration, partSecret, partNode, partCache, partState} {
+	for _, part := range []string{partConfiguration, partSecret, partNode, partRuntime, partCache, partState} {
 		m.faults.WithLabelValues(part).Set(0)
 	}
 	if reg == nil {
@@ -82,7 +82,7 @@ func (m *metrics) leaseWritten(err error) {
 }
 
 func (m *metrics) faultsAre(all map[string]fault) {
-	counts := map[string]float64{partConfiguration: 0, partSecret: 0, partNode: 0, partCache: 0, partState: 0}
+	counts := map[string]float64{partConfiguration: 0, partSecret: 0, partNode: 0, partRuntime: 0, partCache: 0, partState: 0}
 	for key, f := range all {
 		if !f.note {
 			part, _, _ := strings.Cut(key, "/")

@@ -107,6 +107,9 @@ func (d *Daemon) findFaults(n news) map[string]fault {
 	put(partState, pod, "NotKept", d.keepErr)
 	put(partNode, pod, "NodeNotConfigured", d.nodeFault())
 	put(partCache, pod, "CacheNotServing", d.cacheFault())
+	if n.hangs {
+		all[partNode+"/registry"] = fault{about: pod, reason: "RegistryHangs", message: "the registry takes connections and does not answer: until it does, images of other registries are pulled past it", note: true}
+	}
 	put(partRuntime, pod, "RuntimeNotConfigured", d.runtimeFault())
 	return all
 }

@@ -85,6 +85,13 @@ func (n *nodeCache) Fault() error {
 	return n.failure
 }
 
+// Doubts implements daemon.Cache.
+func (n *nodeCache) Doubts() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.running != nil && n.running.Doubts()
+}
+
 // Gather implements prometheus.Gatherer.
 func (n *nodeCache) Gather() ([]*dto.MetricFamily, error) {
 	n.mu.Lock()
