@@ -116,6 +116,17 @@ func openStore(t *testing.T) *storage.Store {
 	return s
 }
 
+// openSame opens the directory of a store a second time, as another replica does.
+func openSame(t *testing.T, store *storage.Store) *storage.Store {
+	t.Helper()
+	s, err := storage.Open(t.Context(), storage.Config{Root: store.Root()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
 func newServer(t *testing.T, cfg Config) *Server {
 	t.Helper()
 	if cfg.Store == nil {
