@@ -25,7 +25,7 @@ var mayImport = map[string][]string{
 	"registry":            {"trust", "api/v1alpha1", "storage", "registry/auth"},
 	"registry/auth":       {"api/v1alpha1", "clienttoken"},
 	"registry/cache":      {"trust", "api/v1alpha1", "storage"},
-	"syncer":              {"trust", "api/v1alpha1", "storage"},
+	"syncer":              {"trust", "api/v1alpha1", "storage", "syncer/notify"},
 	"syncer/certificates": {"trust", "api/v1alpha1"},
 	"syncer/notify":       {"api/v1alpha1"},
 	"syncer/controller":   {"api/v1alpha1", "clienttoken", "trust", "storage", "syncer", "syncer/certificates"},

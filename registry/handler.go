@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/storage"
 )
@@ -30,6 +31,9 @@ func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	// What docker looks for to tell a registry from any other server.
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	if rt.end == endBase {
+		w.Header().Set(v1alpha1.HeaderParent, v1alpha1.Version)
+	}
 	if err := s.handle(rec, r, rt); err != nil {
 		s.fail(rec, r, err)
 	}
@@ -60,6 +64,7 @@ func (s *Server) handle(w *recorder, r *http.Request, rt route) error {
 	if err != nil {
 		return err
 	}
+	s.hear(r, who)
 	return s.dispatch(w, r, rt, repo, who)
 }
 

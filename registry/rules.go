@@ -45,8 +45,8 @@ type prefixed struct {
 // v1alpha1.Load sees to.
 func NewRules(spec *v1alpha1.Spec) (*Rules, error) {
 	r := &Rules{
-		// Without a parent nobody would ever read it.
-		journal: spec.Parent != nil,
+		// Without anybody to tell, nobody would ever read it.
+		journal: spec.Parent != nil || len(spec.Notifications) > 0,
 	}
 	if q := spec.Quota.Total; q != nil {
 		r.total = q.Value()

@@ -72,6 +72,8 @@ type Server struct {
 	types   *typeCache
 	stall   time.Duration // stallTime, but for tests
 	keys    *keyPair      // nil for plain HTTP
+
+	children children
 }
 
 // New validates the configuration, loads the key pair and registers the

@@ -47,6 +47,8 @@ type Config struct {
 	// NodeRoot is the directory in which the node's file system is found, "/"
 	// on the machine itself. Empty: no node is configured.
 	NodeRoot string
+	// Version is the program's, for a parent that is a connected registry.
+	Version string
 	// Progress is told what the syncer does; see syncer.Config. nil: nobody.
 	Progress func(syncer.Event)
 	// Logger takes the log. nil: none.
@@ -67,7 +69,7 @@ type Standalone struct {
 	CacheURL    string
 
 	store     *storage.Store
-	collect   v1alpha1.GarbageCollection
+	duties    *syncer.Duties // nil without a registry
 	ca        trust.Bundle
 	renew     func() (changed bool, err error) // of the serving certificate
 	onDemand  bool
@@ -91,7 +93,7 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if c.Secrets == "" {
 		c.Secrets = filepath.Join(c.Data, "secrets")
 	}
-	s := &Standalone{log: c.Logger, collect: c.Resource.Spec.GarbageCollection}
+	s := &Standalone{log: c.Logger}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -111,6 +113,9 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 		return nil, err
 	}
 	if err := s.openRegistry(ctx, c); err != nil {
+		return nil, err
+	}
+	if err := s.openDuties(ctx, c, sync); err != nil {
 		return nil, err
 	}
 	if source != nil || len(sync.Upstreams) > 0 {
@@ -138,10 +143,7 @@ func (s *Standalone) Run(ctx context.Context) error {
 			s.keepServing(ctx)
 			return nil
 		})
-		g.Go(func() error {
-			syncer.Maintain(ctx, s.store, func() v1alpha1.GarbageCollection { return s.collect }, s.log)
-			return nil
-		})
+		g.Go(func() error { return s.duties.Run(plain(ctx)) })
 	}
 	if s.Cache != nil {
 		g.Go(func() error { return s.Cache.Run(ctx) })
@@ -292,9 +294,34 @@ func (s *Standalone) keepServing(ctx context.Context) {
 	}
 }
 
+// openDuties prepares what goes with a registry that serves.
+func (s *Standalone) openDuties(ctx context.Context, c Config, sync syncer.Config) (err error) {
+	if s.Registry == nil {
+		return nil
+	}
+	s.duties, err = syncer.NewDuties(ctx, syncer.DutiesConfig{
+		Name:    c.Resource.Name,
+		Spec:    &c.Resource.Spec,
+		Sync:    sync,
+		Store:   s.store,
+		Secrets: secrets(c.Secrets),
+		Logger:  c.Logger,
+	})
+	return err
+}
+
 func (s *Standalone) openSyncer(c Config, config syncer.Config) (err error) {
 	config.Store, config.Driver = s.store.Namespace(), s.store.Driver()
+	config.Name, config.LoginServer, config.Version = c.Resource.Name, s.LoginServer, c.Version
 	config.Progress, config.Logger = c.Progress, c.Logger
+	if s.duties != nil {
+		config.Progress = func(e syncer.Event) {
+			s.duties.Progress(e)
+			if c.Progress != nil {
+				c.Progress(e)
+			}
+		}
+	}
 	s.onDemand, config.OnDemand = config.OnDemand, false // within one process there is a shorter way
 	s.Syncer, err = syncer.New(config)
 	return err

@@ -3,10 +3,13 @@ package syncer
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
 
 // origin is one registry that content comes from, during a synchronisation.
@@ -19,12 +22,41 @@ type origin struct {
 // origins are the registries of a Config.
 func (s *Syncer) origins() []*origin {
 	var all []*origin
+	self := s.self()
 	for i, from := range s.upstreams {
 		p := newParent(from.Parent, s.limits, s.dial, s.config.Logger)
-		p.pace, p.bandwidth = s.paces[i], s.bandwidth
+		p.pace, p.bandwidth, p.self = s.paces[i], s.bandwidth, self
 		all = append(all, &origin{parent: p, selection: s.selections[i]})
 	}
 	return all
+}
+
+// self is what this registry says of itself to a parent.
+func (s *Syncer) self() string {
+	if s.config.Name == "" {
+		return ""
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	said, err := json.Marshal(v1alpha1.ChildHeader{
+		Name:            s.config.Name,
+		Mode:            s.mode(),
+		ConnectionState: s.last.ConnectionState,
+		LoginServer:     s.config.LoginServer,
+		Version:         s.config.Version,
+		LastSyncTime:    s.last.LastSyncTime,
+	})
+	if err != nil {
+		return "" // cannot happen
+	}
+	return string(said)
+}
+
+func (s *Syncer) mode() v1alpha1.Mode {
+	if s.config.ReadWrite {
+		return v1alpha1.ModeReadWrite
+	}
+	return v1alpha1.ModeReadOnly
 }
 
 // local is the name here of one of a registry's repositories.

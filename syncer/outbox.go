@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -130,6 +131,19 @@ type OutboxStatus struct {
 	Problems map[string]string
 }
 
+// problems are Recent and Problems, in one line each.
+func (s OutboxStatus) problems() []string {
+	lines := slices.Clone(s.Recent)
+	for _, name := range slices.Sorted(maps.Keys(s.Problems)) {
+		line := s.Problems[name]
+		if name != "" {
+			line = name + ": " + line
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}
+
 // NewOutbox checks the configuration.
 func NewOutbox(c OutboxConfig) (*Outbox, error) {
 	if c.Store == nil {
@@ -169,11 +183,7 @@ func (o *Outbox) Status() OutboxStatus {
 	defer o.mu.Unlock()
 	s := o.status
 	s.Recent = slices.Clone(s.Recent)
-	problems := make(map[string]string, len(s.Problems))
-	for k, v := range s.Problems {
-		problems[k] = v
-	}
-	s.Problems = problems
+	s.Problems = maps.Clone(s.Problems)
 	return s
 }
 

@@ -1,6 +1,7 @@
 package syncer
 
 import (
+	"crypto/x509"
 	"fmt"
 	"io"
 	"log/slog"
@@ -485,5 +486,35 @@ func TestUploadRefusesStrangeAnswers(t *testing.T) {
 				t.Errorf("%d requests", n.Load())
 			}
 		})
+	}
+}
+
+// TestParentSpeaksHTTP2 brings a blob from a parent that would rather speak
+// HTTP/2: questions go over that, blobs do not.
+func TestParentSpeaksHTTP2(t *testing.T) {
+	p := newTestParent(t)
+	var questions, blobs atomic.Int64
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.ProtoMajor == 2:
+			questions.Add(1)
+		case blobPath.MatchString(r.URL.Path):
+			blobs.Add(1)
+		}
+		p.handler.ServeHTTP(w, r)
+	}))
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	p.pushImage(t, "app:1", testImage(t, "one", testLayer(1, 1000)))
+	pool := x509.NewCertPool()
+	pool.AddCert(server.Certificate())
+	f := newFixtureAt(t, t.TempDir(), p, func(c *Config) {
+		c.Repositories = exactly("app")
+		c.Parent = Parent{Endpoint: strings.TrimPrefix(server.URL, "https://"), CA: pool}
+	})
+	f.mustSync(t)
+	if questions.Load() == 0 || blobs.Load() != 2 {
+		t.Errorf("%d questions over HTTP/2, %d blobs over HTTP/1.1", questions.Load(), blobs.Load())
 	}
 }

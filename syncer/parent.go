@@ -85,6 +85,12 @@ type parent struct {
 	noReferrers atomic.Bool  // the parent has no referrers API
 	noRanges    atomic.Bool  // the parent sends blobs as a whole
 
+	// self is what this registry says of itself, once, to a parent that is a
+	// connected registry too, beside its credentials. Empty: nothing.
+	self string
+	kin  atomic.Bool // it is one
+	told atomic.Bool // it was told
+
 	mu   sync.Mutex
 	down error // why nothing more is asked at all
 }
@@ -112,6 +118,8 @@ func newParent(config Parent, limits limits, dial dialer, log *slog.Logger) *par
 	bulk.ForceAttemptHTTP2 = false
 	bulk.Protocols = new(http.Protocols)
 	bulk.Protocols.SetHTTP1(true)
+	bulk.TLSClientConfig.NextProtos = nil // what Clone made of the other's protocols
+	bulk.TLSNextProto = nil
 	bulk.ReadBufferSize = 64 << 10
 	p := &parent{
 		scheme: "https",
@@ -166,6 +174,7 @@ func (p *parent) redirect(req *http.Request, via []*http.Request) error {
 	first := via[0].URL
 	if req.URL.Host != first.Host || req.URL.Scheme != first.Scheme {
 		req.Header.Del("Authorization")
+		req.Header.Del(v1alpha1.HeaderChild)
 	}
 	switch {
 	case len(via) >= 5:
@@ -311,6 +320,7 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 		if challenges > 0 {
 			p.pace.count()
 		}
+		introduced := p.introduce(req)
 		resp, err := client.Do(req)
 		if err != nil {
 			f := unreachable(p.asked(err), what, p.limits, err)
@@ -319,8 +329,12 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 		}
 		if resp.Request.URL.Host == p.host {
 			p.pace.observe(resp.Header)
+			p.meet(resp.Header)
 		}
 		if r.done(resp.StatusCode) {
+			if introduced {
+				p.told.Store(true)
+			}
 			return resp, nil
 		}
 		again, err := p.refused(ctx, resp, what, used)
@@ -328,6 +342,22 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 			return nil, err
 		}
 		stale = used
+	}
+}
+
+// introduce says who asks, if the parent is to know and does not.
+func (p *parent) introduce(req *http.Request) bool {
+	if p.self == "" || !p.kin.Load() || p.told.Load() || req.Header.Get("Authorization") == "" {
+		return false
+	}
+	req.Header.Set(v1alpha1.HeaderChild, p.self)
+	return true
+}
+
+// meet takes note of a parent that is a connected registry.
+func (p *parent) meet(header http.Header) {
+	if header.Get(v1alpha1.HeaderParent) != "" {
+		p.kin.Store(true)
 	}
 }
 
@@ -385,7 +415,7 @@ func (p *parent) again(ctx context.Context, err error, failures int) error {
 	}
 	f, ok := errors.AsType[*fault](err)
 	if ok && f.temporary && f.after > p.limits.maxRetryWait {
-		p.pace.refuse(f.after, err)
+		p.pace.refuse(f)
 		return err
 	}
 	if !ok || !f.temporary || failures >= p.limits.attempts {

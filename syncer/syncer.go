@@ -67,6 +67,9 @@ type Config struct {
 	// ReadWrite says that clients push and delete, too. What they changed is not
 	// changed back before the parent was told; see Outbox.
 	ReadWrite bool
+	// Name, LoginServer and Version are what this registry says of itself to a
+	// parent that is a connected registry too. Name empty: nothing.
+	Name, LoginServer, Version string
 	// Before is what was known when the last Syncer ended, of another
 	// configuration or in another process; from it, Status goes on. Zero:
 	// nothing was ever synchronised.

@@ -26,6 +26,9 @@ type Status struct {
 	LastActivityTime *metav1.Time `json:"lastActivityTime,omitempty"`
 	// LastResync is the value of AnnotationResync that was last carried out.
 	LastResync string `json:"lastResync,omitempty"`
+	// Push says how far the parent is behind what clients change here. Absent:
+	// they changed nothing since the program started.
+	Push *PushStatus `json:"push,omitempty"`
 	// StatusDetails are the problems there are, each once.
 	StatusDetails []StatusDetail `json:"statusDetails,omitempty"`
 	// Conditions say what can be relied on.
@@ -38,8 +41,44 @@ type Status struct {
 	// Repositories says of each selected repository how complete it is, by
 	// name. In a cluster there are 500 at most: the incomplete ones first.
 	Repositories []RepositoryStatus `json:"repositories,omitempty"`
+	// Changes says how far the parent is behind what clients changed here.
+	Changes *ChangesStatus `json:"changes,omitempty"`
+	// Notifications says how many were sent.
+	Notifications *NotificationsStatus `json:"notifications,omitempty"`
+	// Children are the connected registries whose parent this one is and that
+	// read with a client token, by name.
+	Children []Child `json:"children,omitempty"`
 	// Trust says which CA certificates nodes trust, and how far a rotation got.
 	Trust *TrustStatus `json:"trust,omitempty"`
+}
+
+// ChangesStatus says how far the parent is behind what clients pushed and deleted
+// here. The counts are since the start of the syncer.
+type ChangesStatus struct {
+	// Waiting is how many changes are to be brought, OldestTime when the first of
+	// them was made.
+	Waiting    int          `json:"waiting"`
+	OldestTime *metav1.Time `json:"oldestTime,omitempty"`
+	// Brought are those that the parent has taken, Dropped those that it has not
+	// within Sync.MessageTTL, Conflicts those that contradict one there.
+	Brought   int `json:"brought"`
+	Dropped   int `json:"dropped"`
+	Conflicts int `json:"conflicts"`
+	// Problems are why changes wait, and the last that were dropped or contradict
+	// one at the parent, in one line each.
+	Problems []string `json:"problems,omitempty"`
+}
+
+// NotificationsStatus counts notifications, each once for each receiver.
+type NotificationsStatus struct {
+	// Waiting are still to be sent.
+	Waiting int `json:"waiting"`
+	// Delivered and DeadLetters are those that were sent and given up since the
+	// start of the syncer.
+	Delivered   int `json:"delivered"`
+	DeadLetters int `json:"deadLetters"`
+	// LastError is why the last attempt failed. Empty: it did not.
+	LastError string `json:"lastError,omitempty"`
 }
 
 // AnnotationResync on a ConnectedRegistry asks for a synchronisation now,
@@ -95,7 +134,7 @@ type SyncProperties struct {
 type StatusDetail struct {
 	// Code says what kind of problem it is, as one word.
 	Code string `json:"code"`
-	// CorrelationID stands in the log with the same problem.
+	// CorrelationID is the same for as long as the problem stays.
 	CorrelationID string `json:"correlationId,omitempty"`
 	// Description is one line.
 	Description string `json:"description"`
@@ -140,6 +179,20 @@ type ContentStatus struct {
 	TagsWanted  int   `json:"tagsWanted"`
 	TagsPresent int   `json:"tagsPresent"`
 	BytesLeft   int64 `json:"bytesLeft"`
+}
+
+// PushStatus says how far the parent is behind what clients change here.
+type PushStatus struct {
+	// Waiting is how many changes are to be brought there.
+	Waiting int `json:"waiting"`
+	// Oldest is when the first of those was made.
+	Oldest *metav1.Time `json:"oldest,omitempty"`
+	// Brought, Dropped and Conflicts count changes since the program started:
+	// those that the parent has taken, those that it has not within the message
+	// TTL, and those that contradicted one there, which stays.
+	Brought   int `json:"brought,omitempty"`
+	Dropped   int `json:"dropped,omitempty"`
+	Conflicts int `json:"conflicts,omitempty"`
 }
 
 // ConnectionState is the state of the connection to the parent.

@@ -24,6 +24,7 @@ through to the image's own registry then; "agent cleanup" takes it away.`,
 				return err
 			}
 			config.Listen, config.CacheListen, config.NodeRoot = listen, cacheListen, nodeRoot
+			config.Version = version
 			s, err := standalone.Open(cmd.Context(), config)
 			if err != nil {
 				return err
