@@ -45,17 +45,20 @@ func (c *Controller) Run(ctx context.Context) error {
 	electing, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	started := make(chan context.Context, 1)
+	lock := &resourcelock.LeaseLock{
+		LeaseMeta:  metav1.ObjectMeta{Namespace: c.config.Namespace, Name: Lease},
+		Client:     c.config.Client.CoordinationV1(),
+		LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity},
+	}
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
-			LeaseMeta:  metav1.ObjectMeta{Namespace: c.config.Namespace, Name: Lease},
-			Client:     c.config.Client.CoordinationV1(),
-			LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity},
-		},
-		LeaseDuration:   c.config.Election.Lease,
-		RenewDeadline:   c.config.Election.Renew,
-		RetryPeriod:     c.config.Election.Retry,
-		ReleaseOnCancel: true,
-		Name:            Lease,
+		Lock:          lock,
+		LeaseDuration: c.config.Election.Lease,
+		RenewDeadline: c.config.Election.Renew,
+		RetryPeriod:   c.config.Election.Retry,
+		// With ReleaseOnCancel the elector tries to give a lease back that it
+		// could not renew, for as long as it tried to renew it, and tells of the
+		// loss only then: when another may lead already.
+		Name: Lease,
 		Callbacks: leaderelection.LeaderCallbacks{
 			OnStartedLeading: func(leading context.Context) { started <- leading },
 			OnStoppedLeading: func() {},
@@ -89,7 +92,26 @@ func (c *Controller) Run(ctx context.Context) error {
 	}
 	stop()
 	<-ended
+	c.release(context.WithoutCancel(ctx), lock)
 	return err
+}
+
+// release gives the lease back, if it can: otherwise others wait until it ends.
+func (c *Controller) release(ctx context.Context, lock resourcelock.Interface) {
+	ctx, cancel := context.WithTimeout(ctx, c.config.Election.Retry)
+	defer cancel()
+	record, _, err := lock.Get(ctx)
+	if err == nil && record.HolderIdentity == c.config.Identity {
+		now := metav1.Now()
+		err = lock.Update(ctx, resourcelock.LeaderElectionRecord{
+			LeaderTransitions:    record.LeaderTransitions,
+			LeaseDurationSeconds: 1,
+			AcquireTime:          now, RenewTime: now,
+		})
+	}
+	if err != nil {
+		c.log.Warn("the lease could not be given back; the next leader waits for its end", "error", err)
+	}
 }
 
 // leadWhile leads until one of the contexts ends. If the lease is lost and the

@@ -26,13 +26,24 @@ const (
 
 // job is what an engine does.
 type job struct {
-	// key changes with everything that config is made from.
-	key    [sha256.Size]byte
+	// key changes with everything that the rest is made from.
+	key  [sha256.Size]byte
+	spec v1alpha1.Spec
+	// config is made from the spec.
 	config syncer.Config
 }
 
-// engine synchronises as it is told last. Its methods but run may be called from
-// several goroutines.
+// active reports whether there is anything to do beside looking after what is
+// stored.
+func (j *job) active() bool { return j != nil && !j.spec.Suspend }
+
+// hasSource reports whether there is a registry that content comes from.
+func (j *job) hasSource() bool {
+	return j.config.Parent.Endpoint != "" || len(j.config.Upstreams) > 0
+}
+
+// engine synchronises, in both directions, as it is told last, and looks after
+// what is stored. Its methods but run may be called from several goroutines.
 type engine struct {
 	open    func(context.Context) (*storage.Store, error)
 	log     *slog.Logger
@@ -42,8 +53,9 @@ type engine struct {
 	mu      sync.Mutex
 	job     *job // nil: none
 	resync  string
-	current *syncer.Syncer  // nil: not at work
-	before  v1alpha1.Status // as of the last one that ended
+	current *syncer.Syncer // nil: not at work
+	outbox  *syncer.Outbox
+	before  v1alpha1.Status // as of the last syncer that ended
 	resyncs string          // the last resync that was carried out
 	fault   error           // why it is not at work though there is a job
 }
@@ -67,16 +79,28 @@ func (e *engine) set(j *job, resync string) {
 	}
 }
 
-// status is how far the synchronisation is. The error is why there is none.
-func (e *engine) status() (v1alpha1.Status, error) {
+// progress is how far an engine is.
+type progress struct {
+	v1alpha1.Status
+	outbox syncer.OutboxStatus
+	// fault is why nothing is synchronised though it should be.
+	fault error
+}
+
+func (e *engine) progress() progress {
 	e.mu.Lock()
-	current, status, resync, fault := e.current, e.before, e.resyncs, e.fault
+	current, outbox := e.current, e.outbox
+	p := progress{Status: e.before, fault: e.fault}
+	resync := e.resyncs
 	e.mu.Unlock()
 	if current != nil {
-		status = current.Status()
+		p.Status = current.Status()
 	}
-	status.LastResync = resync
-	return status, fault
+	if outbox != nil {
+		p.outbox = outbox.Status()
+	}
+	p.LastResync = resync
+	return p
 }
 
 func (e *engine) wanted() *job {
@@ -103,31 +127,49 @@ func (e *engine) fail(err error) {
 
 // run works until ctx ends.
 func (e *engine) run(ctx context.Context) {
-	var store *storage.Store
-	defer func() {
-		if store != nil {
-			_ = store.Close() // never fails
-		}
-	}()
+	store := e.store(ctx)
+	if store == nil {
+		return
+	}
+	defer store.Close() // never fails
+	var group sync.WaitGroup
+	defer group.Wait()
+	group.Go(func() { syncer.Maintain(ctx, store, e.collection, e.log) })
 	for ctx.Err() == nil {
 		j := e.wanted()
-		if j == nil {
+		if !j.active() {
 			e.fail(nil)
 			e.wait(ctx, 0)
 			continue
 		}
-		var err error
-		if store == nil {
-			store, err = e.open(ctx)
-		}
-		if err == nil {
-			err = e.work(ctx, j, store)
-		}
-		if err != nil && ctx.Err() == nil {
+		if err := e.work(ctx, j, store); err != nil && ctx.Err() == nil {
 			e.fail(err)
 			e.wait(ctx, storeRetry)
 		}
 	}
+}
+
+// store opens the content, however often that takes. nil: ctx ended.
+func (e *engine) store(ctx context.Context) *storage.Store {
+	for ctx.Err() == nil {
+		store, err := e.open(ctx)
+		if err == nil {
+			return store
+		}
+		if ctx.Err() == nil {
+			e.fail(err)
+			e.wait(ctx, storeRetry)
+		}
+	}
+	return nil
+}
+
+// collection is what is wanted of garbage collection now.
+func (e *engine) collection() v1alpha1.GarbageCollection {
+	if j := e.wanted(); j != nil {
+		return j.spec.GarbageCollection
+	}
+	return v1alpha1.GarbageCollection{Enabled: new(false), Schedule: v1alpha1.DefaultGarbageCollectionSchedule}
 }
 
 // wait returns when something changed, ctx ends, or d has passed. 0: never.
@@ -149,29 +191,20 @@ func (e *engine) wait(ctx context.Context, d time.Duration) {
 func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 	registered := &scope{Registerer: e.metrics}
 	defer registered.close()
-	config := j.config
-	config.Store, config.Driver = store.Namespace(), store.Driver()
-	config.Logger = e.log
-	if e.metrics != nil {
-		config.Metrics = registered
-	}
-	e.mu.Lock()
-	config.Before = e.before
-	e.mu.Unlock()
-	s, err := syncer.New(config)
+	s, outbox, err := e.prepare(j, store, registered)
 	if err != nil {
-		return fmt.Errorf("preparing the synchronisation: %w", err)
+		return err
 	}
-	e.fail(nil)
-	e.begin(s)
+	e.begin(s, outbox)
 	defer e.end()
 	ctx, stop := context.WithCancel(ctx)
 	var group sync.WaitGroup
-	group.Go(func() {
-		_ = s.Run(ctx) // never fails
-	})
 	defer group.Wait()
 	defer stop()
+	group.Go(func() { _ = outbox.Run(ctx) }) // never fails
+	if s != nil {
+		group.Go(func() { _ = s.Run(ctx) }) // never fails
+	}
 	resyncing := ""
 	for {
 		if value, asked := e.takeResync(); asked && value != resyncing {
@@ -183,7 +216,7 @@ func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 			return nil
 		case <-e.changed:
 		}
-		if next := e.wanted(); next == nil {
+		if next := e.wanted(); !next.active() {
 			return nil
 		} else if next.key != j.key {
 			e.finish(ctx, s)
@@ -192,10 +225,38 @@ func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 	}
 }
 
+// prepare makes what works on a job. The syncer is nil when there is nothing to
+// synchronise with.
+func (e *engine) prepare(j *job, store *storage.Store, registered *scope) (*syncer.Syncer, *syncer.Outbox, error) {
+	config := j.config
+	config.Store, config.Driver, config.Logger = store.Namespace(), store.Driver(), e.log
+	out, err := config.Outbox(&j.spec, store)
+	if err != nil {
+		return nil, nil, err
+	}
+	if e.metrics != nil {
+		config.Metrics, out.Metrics = registered, registered
+	}
+	outbox, err := syncer.NewOutbox(out)
+	if err != nil || !j.hasSource() {
+		return nil, outbox, err
+	}
+	e.mu.Lock()
+	config.Before = e.before
+	e.mu.Unlock()
+	s, err := syncer.New(config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("preparing the synchronisation: %w", err)
+	}
+	return s, outbox, nil
+}
+
 // carryOut synchronises by hand. It counts as done when it ended by itself, so
 // that one which the leader's end interrupted is done again by the next.
 func (e *engine) carryOut(ctx context.Context, s *syncer.Syncer, value string) {
-	_, _ = s.Sync(ctx, v1alpha1.SyncTriggerManual) // logged, and in the status
+	if s != nil {
+		_, _ = s.Sync(ctx, v1alpha1.SyncTriggerManual) // logged, and in the status
+	}
 	if ctx.Err() == nil {
 		e.mu.Lock()
 		e.resyncs = value
@@ -205,6 +266,9 @@ func (e *engine) carryOut(ctx context.Context, s *syncer.Syncer, value string) {
 
 // finish lets the synchronisation under way end, within reason.
 func (e *engine) finish(ctx context.Context, s *syncer.Syncer) {
+	if s == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	finished := make(chan struct{})
@@ -217,23 +281,26 @@ func (e *engine) finish(ctx context.Context, s *syncer.Syncer) {
 		case <-finished:
 			return
 		case <-e.changed:
-			if e.wanted() == nil {
+			if !e.wanted().active() {
 				cancel()
 			}
 		}
 	}
 }
 
-func (e *engine) begin(s *syncer.Syncer) {
+func (e *engine) begin(s *syncer.Syncer, outbox *syncer.Outbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.current = s
+	e.current, e.outbox, e.fault = s, outbox, nil
 }
 
 func (e *engine) end() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.before, e.current = e.current.Status(), nil
+	if e.current != nil {
+		e.before = e.current.Status()
+	}
+	e.current, e.outbox = nil, nil
 }
 
 // scope registers metrics for as long as one syncer lives.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -159,6 +160,7 @@ type findings struct {
 	rendering   error                       // why replicas and nodes are not told all of it
 	parent      error                       // why the parent cannot be asked as it says
 	source      *syncer.Source              // nil: no parent
+	active      bool                        // there is something to synchronise with, and leave to
 	loginServer string
 	trust       certificates.Result
 	// certificates is why trust is not known; then the last known stays.
@@ -255,33 +257,22 @@ func sooner(a, b time.Duration) time.Duration {
 	return min(a, b)
 }
 
-// setJob tells the engine what to synchronise. While that cannot be made out, as
-// when a Secret is missing, it goes on with what it was told before.
+// setJob tells the engine what to do. While that cannot be made out, as when a
+// Secret is missing, it goes on with what it was told before.
 func (l *loop) setJob(ctx context.Context, f *findings, secrets *secretReader) {
 	reader := &recordingReader{secrets: secrets, sum: sha256.New()}
 	config, source, err := syncer.FromSpec(ctx, &f.cr.Spec, reader)
 	f.parent = err
-	switch {
-	case err != nil:
-	case source == nil && len(config.Upstreams) == 0:
-		l.job, l.source = nil, nil
-	default:
-		j := &job{config: config}
-		// What only concerns clients and nodes does not disturb a running copy.
-		spec := f.cr.Spec.DeepCopy()
-		spec.LoginServer, spec.AnonymousPull, spec.ClientTokens, spec.Mirrors, spec.LogLevel = "", false, nil, nil, ""
-		spec.NodeCache, spec.TLS, spec.TrustDistribution = v1alpha1.NodeCache{}, v1alpha1.TLS{}, v1alpha1.TrustDistribution{}
-		if err := json.NewEncoder(reader.sum).Encode(spec); err != nil {
-			f.parent = err
-			return
-		}
-		reader.sum.Sum(j.key[:0])
-		l.job, l.source = j, source
+	if err == nil {
+		l.job, l.source = &job{spec: f.cr.Spec, config: config}, source
+		l.job.key, f.parent = reader.key(f.cr.Spec)
+	} else if l.job != nil && l.job.spec.Suspend != f.cr.Spec.Suspend {
+		// Whether to work at all does not hang on it.
+		l.job = new(*l.job)
+		l.job.spec.Suspend = f.cr.Spec.Suspend
+		l.job.key[0]++
 	}
-	if f.cr.Spec.Suspend {
-		l.engine.set(nil, f.asked.Annotations[v1alpha1.AnnotationResync])
-		return
-	}
+	f.active = l.job.active() && l.job.hasSource()
 	l.engine.set(l.job, f.asked.Annotations[v1alpha1.AnnotationResync])
 }
 
@@ -384,16 +375,26 @@ func (l *loop) logProblem(ctx context.Context, f *findings) {
 // recordingReader digests what it reads.
 type recordingReader struct {
 	secrets *secretReader
-	sum     interface {
-		Write(p []byte) (int, error)
-		Sum(b []byte) []byte
-	}
+	sum     hash.Hash
 }
 
 func (r *recordingReader) Secret(ctx context.Context, name, key string) ([]byte, error) {
 	value, err := r.secrets.Secret(ctx, name, key)
 	fmt.Fprintf(r.sum, "%q %q %q\n", name, key, value) // a hash takes everything
 	return value, err
+}
+
+// key digests what was read and a spec. What only concerns clients and nodes is
+// left out, so that it does not disturb a copy under way.
+func (r *recordingReader) key(spec v1alpha1.Spec) (key [sha256.Size]byte, err error) {
+	spec.LoginServer, spec.AnonymousPull, spec.ClientTokens, spec.Mirrors, spec.LogLevel = "", false, nil, nil, ""
+	spec.NodeCache, spec.TLS, spec.TrustDistribution = v1alpha1.NodeCache{}, v1alpha1.TLS{}, v1alpha1.TrustDistribution{}
+	spec.GarbageCollection, spec.ImmutableTags, spec.Quota = v1alpha1.GarbageCollection{}, nil, v1alpha1.Quota{}
+	if err := json.NewEncoder(r.sum).Encode(spec); err != nil {
+		return key, err
+	}
+	r.sum.Sum(key[:0])
+	return key, nil
 }
 
 // serviceOf says what matters of a Service.
