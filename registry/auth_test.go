@@ -56,7 +56,7 @@ func newAuthority(t *testing.T, anonymous bool) *auth.Authority {
 }
 
 // cheapHash is what clienttoken.HashPassword makes, of few iterations.
-func cheapHash(t *testing.T, password string) string {
+func cheapHash(t testing.TB, password string) string {
 	t.Helper()
 	salt := []byte("salt for a test")
 	key, err := pbkdf2.Key(sha256.New, password, salt, 10, sha256.Size)
