@@ -104,15 +104,19 @@ func (p *pace) pause(d time.Duration) {
 	}
 }
 
-// refuse has every request fail with err for a while, as the parent asked for
-// more patience than there is.
-func (p *pace) refuse(d time.Duration, err error) {
+// refuse has every request fail with f for a while, as the parent asked for more
+// patience than there is.
+func (p *pace) refuse(f *fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if until := time.Now().Add(d); until.After(p.paused) {
-		p.paused = until
-		p.refused = fmt.Errorf("%w; it is asked again at %s", err, until.UTC().Format(time.RFC3339))
+	until := time.Now().Add(f.after)
+	if !until.After(p.paused) {
+		return
 	}
+	final := *f
+	final.temporary, final.after = false, 0
+	final.message += "; it is asked again at " + until.UTC().Format(time.RFC3339)
+	p.paused, p.refused = until, &final
 }
 
 // observe reads what an answer says about the parent's limit.
@@ -143,6 +147,17 @@ func (p *pace) status(who string) string {
 		return fmt.Sprintf("%s has granted all the requests that its limit allows; it goes on at %s", who, p.until.UTC().Format(time.RFC3339))
 	}
 	return fmt.Sprintf("the %d requests an hour of spec.sync.maxRequestsPerHour are used up for %s; it goes on at %s", p.perHour, who, p.until.UTC().Format(time.RFC3339))
+}
+
+// waits says in one line for each registry why requests to it wait. Empty: none
+// does.
+func (s *Syncer) waits() (all []string) {
+	for i, p := range s.paces {
+		if why := p.status("parent " + s.upstreams[i].Endpoint); why != "" && !slices.Contains(all, why) {
+			all = append(all, why)
+		}
+	}
+	return all
 }
 
 // maxReset bounds the wait that a parent's headers can cause.

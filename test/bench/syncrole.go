@@ -155,4 +155,3 @@ func (p *syncProcess) begin() <-chan error {
 	}()
 	return ended
 }
-
