@@ -186,6 +186,18 @@ func TestMalformedRequests(t *testing.T) {
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	pick := func(from []string) string { return from[r.IntN(len(from))] }
+	// First all that is well formed and asks for too much.
+	for _, target := range p.targets {
+		for _, token := range p.tokens {
+			for _, ns := range []string{"", "ns=docker.io", "ns=example.com", "ns="} {
+				sep := "?"
+				if strings.Contains(target, "?") {
+					sep = "&"
+				}
+				p.check(t, "GET", target+sep+ns, "", "", token, nil)
+			}
+		}
+	}
 	for range 5000 {
 		target := pick(p.targets)
 		for range r.IntN(3) {
