@@ -148,7 +148,7 @@ func TestSyncChunksWrongly(t *testing.T) {
 				w.Header().Set("Content-Range", header)
 				w.Header().Set("Content-Length", fmt.Sprint(testChunk))
 				w.WriteHeader(http.StatusPartialContent)
-				_, _ = w.Write(seeded(1, 7*testChunk + 1)[:testChunk])
+				_, _ = w.Write(seeded(1, 7*testChunk+1)[:testChunk])
 				return true
 			})
 			f := chunked(t, p, 2)
