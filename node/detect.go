@@ -177,6 +177,10 @@ func describe(r rootFiles, l layout, marker string, v Version, runtime Finding) 
 		distribution.Evidence = &Evidence{File: marker}
 	}
 	d.find(distribution)
+	if !r.exists("/usr") {
+		d.find(Finding{Name: "node root", Value: "only part of the node's file system", Verdict: Warning,
+			Remedy: "mount the node's whole root to have all of it looked at"})
+	}
 	d.findSystem(r)
 	d.find(runtime)
 	d.findConfiguration(r)

@@ -53,6 +53,7 @@ through to the image's own registry then; "agent cleanup" takes it away.`
 type agentFlags struct {
 	config, namespace, node, pod string
 	nodeRoot, certsDir           string
+	checkImage                   string
 	data                         string
 	cacheListen, healthListen    string
 	secretGrace                  time.Duration
@@ -67,7 +68,8 @@ func (f *agentFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.node, "node", "", "the node's name in the cluster (default $NODE_NAME)")
 	flags.StringVar(&f.pod, "pod", "", "the agent's own pod (default $POD_NAME, or the host name)")
 	flags.StringVar(&f.nodeRoot, "node-root", "/", "directory in which the node's file system is found")
-	flags.StringVar(&f.certsDir, "certs-dir", "", "containerd's hosts directory on the node (default /etc/containerd/certs.d)")
+	flags.StringVar(&f.certsDir, "certs-dir", "", "containerd's hosts directory on the node (default the one that is found to be read)")
+	flags.StringVar(&f.checkImage, "check-image", "", "image that is pulled before and after the runtime's configuration is changed")
 	flags.StringVar(&f.data, "data", "", "directory of the cache (default NODE-ROOT/var/lib/connected-registry/cache)")
 	flags.StringVar(&f.cacheListen, "cache-listen", "127.0.0.1:5050", "loopback address of the cache; empty for no cache")
 	flags.StringVar(&f.healthListen, "health-listen", "127.0.0.1:8082", "address of /healthz, /readyz and /metrics; empty for none")
@@ -89,9 +91,13 @@ func (f *agentFlags) cacheDir() string {
 
 // runOnce is for a node that joins no cluster yet.
 func (f *agentFlags) runOnce(ctx context.Context, stdout, stderr io.Writer) error {
+	certsDir, reserved, err := f.hostsDirectory(ctx)
+	if err != nil {
+		return err
+	}
 	changed, err := daemon.Once(ctx, daemon.OnceConfig{
-		File: f.config, CAs: f.cas, NodeRoot: f.nodeRoot, CertsDir: f.certsDir, CacheURL: f.cacheURL(),
-		Logger: logger(stderr, v1alpha1.LogLevelWarning),
+		File: f.config, CAs: f.cas, NodeRoot: f.nodeRoot, CertsDir: certsDir, CacheURL: f.cacheURL(),
+		Reserved: reserved, Logger: logger(stderr, v1alpha1.LogLevelWarning),
 	})
 	for _, path := range changed {
 		fmt.Fprintln(stdout, path)
@@ -115,6 +121,7 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	metrics.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	config := daemon.Config{
 		File: f.config, API: api, NodeRoot: f.nodeRoot, CertsDir: f.certsDir,
+		Runtime:     nodeRuntime{nodeRoot: f.nodeRoot, checkImage: f.checkImage, log: log},
 		Namespace:   cmp.Or(f.namespace, os.Getenv("POD_NAMESPACE")),
 		Node:        cmp.Or(f.node, os.Getenv("NODE_NAME")),
 		Pod:         cmp.Or(f.pod, os.Getenv("POD_NAME"), host),

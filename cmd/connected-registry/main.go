@@ -48,6 +48,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		registryCommand(),
 		syncerCommand(),
 		agentCommand(),
+		doctorCommand(),
 		probeCommand(),
 		versionCommand(),
 	)
