@@ -88,8 +88,7 @@ type Event struct {
 }
 
 // Reconciler brings certificates and trust to where they should be, a step at a
-// time. It keeps nothing that its successor would miss. Make a new one for every
-// term of leadership.
+// time. It keeps nothing that its successor would miss.
 type Reconciler struct {
 	config Config
 	mu     sync.Mutex // one call at a time

@@ -1,14 +1,14 @@
 package certificates
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -23,7 +23,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/fake"
 	k8stesting "k8s.io/client-go/testing"
 
@@ -31,7 +30,37 @@ import (
 	"github.com/connected-registry/connected-registry/trust"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// publicCA is what the system trusts in these tests.
+var publicCA *trust.Authority
+
+func TestMain(m *testing.M) {
+	if err := trustOnly(&publicCA); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// trustOnly makes a CA the only one in the system's store, which is read once
+// and then kept.
+func trustOnly(ca **trust.Authority) error {
+	authority, err := trust.NewAuthority(testStart)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "certificates-test-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	file := filepath.Join(dir, "roots.pem")
+	err = errors.Join(os.WriteFile(file, authority.Bundle().PEM(), 0o600), os.Setenv("SSL_CERT_FILE", file), os.Setenv("SSL_CERT_DIR", dir))
+	if err != nil {
+		return err
+	}
+	*ca = authority
+	_, err = x509.SystemCertPool()
+	return err
+}
 
 const testNamespace = "registry"
 
@@ -263,25 +292,21 @@ func (w *world) acknowledge(name string) {
 		}
 		n.trusts = b
 	}
-	w.writeLease(w.client, name, n.trusts)
+	w.writeLease(name, n.trusts)
 }
 
-func (w *world) writeLease(client kubernetes.Interface, node string, b trust.Bundle) {
-	writeLease(w.t, client, testNamespace, node, b)
-}
-
-func writeLease(t testing.TB, client kubernetes.Interface, namespace, node string, b trust.Bundle) {
+func (w *world) writeLease(node string, b trust.Bundle) {
 	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{
-		Name: leasePrefix + node, Namespace: namespace, Labels: map[string]string{"app.kubernetes.io/component": "node-agent"},
+		Name: leasePrefix + node, Namespace: testNamespace, Labels: map[string]string{"app.kubernetes.io/component": "node-agent"},
 		Annotations: map[string]string{annotationFingerprints: strings.Join(b.Fingerprints(), ",")},
 	}}
-	leases := client.CoordinationV1().Leases(namespace)
-	_, err := leases.Create(t.Context(), lease, metav1.CreateOptions{})
+	leases := w.client.CoordinationV1().Leases(testNamespace)
+	_, err := leases.Create(w.t.Context(), lease, metav1.CreateOptions{})
 	if apierrors.IsAlreadyExists(err) {
-		_, err = leases.Update(t.Context(), lease, metav1.UpdateOptions{})
+		_, err = leases.Update(w.t.Context(), lease, metav1.UpdateOptions{})
 	}
-	if err != nil && !errors.Is(err, context.Canceled) {
-		t.Error(err)
+	if err != nil {
+		w.t.Fatal(err)
 	}
 }
 
@@ -354,7 +379,8 @@ func (w *world) mustPull() {
 		}
 		for i, r := range w.replicas {
 			if p := r.pair.Load(); p != nil && !r.down {
-				if err := verifyPair(p, n.trusts, w.now); err != nil {
+				// As containerd does, a node trusts the system's CAs as well.
+				if err := verifyPair(p, n.trusts, w.now); err != nil && verifyPair(p, trust.Bundle{}, w.now) != nil {
 					w.t.Fatalf("%s cannot pull from replica %d in %+v: %v", name, i, w.cr.Status.Trust, err)
 				}
 			}
@@ -391,7 +417,3 @@ func (w *world) hasEvent(reason string) bool {
 }
 
 func (w *world) rotate(value string) { w.cr.Annotations[v1alpha1.AnnotationRotateCA] = value }
-
-func refuseDial(context.Context, string, string) (net.Conn, error) {
-	return nil, errors.New("connection refused")
-}
