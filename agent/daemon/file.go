@@ -29,7 +29,7 @@ func followFile(ctx context.Context, file string, tell func(raw []byte, err erro
 	var events <-chan fsnotify.Event
 	watcher, err := fsnotify.NewWatcher()
 	if err == nil {
-		defer watcher.Close()
+		defer func() { _ = watcher.Close() }()
 		events = watcher.Events
 	}
 	look := time.NewTicker(lookInterval)

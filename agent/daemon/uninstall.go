@@ -18,8 +18,12 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// askInterval is between two looks at the Leases.
-const askInterval = time.Second
+// askInterval is between two looks at the Leases, nodesInterval at the nodes,
+// which are larger.
+const (
+	askInterval   = time.Second
+	nodesInterval = 15 * time.Second
+)
 
 // UninstallConfig says whose agents are to undo what they did.
 type UninstallConfig struct {
@@ -61,17 +65,29 @@ func Uninstall(ctx context.Context, cfg UninstallConfig) (silent []string, err e
 	if created {
 		defer func() { err = errors.Join(err, c.deleteControl(ctx)) }()
 	}
+	return c.awaitCleaned(ctx, cfg)
+}
+
+// awaitCleaned waits for the agents, and deletes their Leases in the end.
+func (c *client) awaitCleaned(ctx context.Context, cfg UninstallConfig) (silent []string, err error) {
 	deadline := time.Now().Add(cfg.Timeout)
+	var ready map[string]bool
+	var asked time.Time
 	last := -1
 	for {
-		leases, ready, err := c.agents(ctx)
-		if err != nil && (ctx.Err() != nil || time.Now().After(deadline)) {
+		leases, err := c.agents(ctx)
+		if err == nil && time.Since(asked) > nodesInterval {
+			ready, err = c.readyNodes(ctx)
+			asked = time.Now()
+		}
+		late := time.Now().After(deadline)
+		if err != nil && (ctx.Err() != nil || late) {
 			return nil, err
 		}
 		if err == nil {
 			awaited, away := notCleaned(leases, ready, time.Now())
-			if len(awaited) == 0 || time.Now().After(deadline) {
-				silent = append(awaited, away...)
+			if len(awaited) == 0 || late {
+				silent = slices.Concat(awaited, away)
 				slices.Sort(silent)
 				return silent, c.deleteLeases(ctx, leases)
 			}
@@ -141,17 +157,22 @@ func (c *client) deleteControl(ctx context.Context) error {
 	return nil
 }
 
-// agents returns the Leases of all agents, and the nodes that are Ready.
-func (c *client) agents(ctx context.Context) (leases []coordinationv1.Lease, ready map[string]bool, err error) {
+// agents returns the Leases of all agents, from the API server's memory.
+func (c *client) agents(ctx context.Context) ([]coordinationv1.Lease, error) {
 	list := &coordinationv1.LeaseList{}
-	err = c.coordination.Get().Namespace(c.namespace).Resource("leases").
+	err := c.coordination.Get().Namespace(c.namespace).Resource("leases").Param("resourceVersion", "0").
 		Param("labelSelector", LabelComponent+"="+ComponentNodeAgent).Do(ctx).Into(list)
 	if err != nil {
-		return nil, nil, fmt.Errorf("listing the Leases of agents: %w", err)
+		return nil, fmt.Errorf("listing the Leases of agents: %w", err)
 	}
+	return list.Items, nil
+}
+
+// readyNodes returns all nodes, and whether they are Ready.
+func (c *client) readyNodes(ctx context.Context) (ready map[string]bool, err error) {
 	nodes := &corev1.NodeList{}
-	if err := c.core.Get().Resource("nodes").Do(ctx).Into(nodes); err != nil {
-		return nil, nil, fmt.Errorf("listing nodes: %w", err)
+	if err := c.core.Get().Resource("nodes").Param("resourceVersion", "0").Do(ctx).Into(nodes); err != nil {
+		return nil, fmt.Errorf("listing nodes: %w", err)
 	}
 	ready = make(map[string]bool)
 	for _, n := range nodes.Items {
@@ -159,7 +180,7 @@ func (c *client) agents(ctx context.Context) (leases []coordinationv1.Lease, rea
 			return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 		})
 	}
-	return list.Items, ready, nil
+	return ready, nil
 }
 
 // notCleaned returns the nodes that still hold something of ours: those whose
