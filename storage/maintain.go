@@ -36,6 +36,7 @@ type Maintained struct {
 	Collected Collected
 	Usage     Usage
 	Scrubbed  Scrubbed
+	Damaged   []Damage // after scrubbing
 }
 
 func or[T comparable](v, unset T) T {
@@ -81,5 +82,9 @@ func (s *Store) Maintain(ctx context.Context, m Maintenance) (Maintained, error)
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
+	if err != nil {
+		return did, err
+	}
+	did.Damaged, err = s.Damaged(ctx)
 	return did, err
 }

@@ -53,7 +53,13 @@ func maintain(ctx context.Context, store *storage.Store, gc v1alpha1.GarbageColl
 		log.Error("garbage is not collected", "error", fmt.Errorf("spec.garbageCollection.minAge: %w", err))
 		return
 	}
-	if _, err := store.Maintain(ctx, storage.Maintenance{MinAge: minAge}); err != nil && ctx.Err() == nil {
+	did, err := store.Maintain(ctx, storage.Maintenance{MinAge: minAge})
+	for _, d := range did.Damaged {
+		// A synchronisation looks whether all that is selected is here, and so
+		// brings it; what clients pushed it cannot bring.
+		log.Warn("corrupt content is not served until it is synchronised or pushed again", "digest", d.Digest, "since", d.Since, "repositories", d.Repositories)
+	}
+	if err != nil && ctx.Err() == nil {
 		log.Error("looking after the stored content was broken off; it goes on at the next scheduled time", "error", err)
 	}
 }
