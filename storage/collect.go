@@ -2,12 +2,14 @@ package storage
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -160,11 +162,15 @@ func (c *collection) restore(links []link, keep map[digest.Digest]bool) error {
 	return nil
 }
 
+// doomedPrefix begins the name, in limbo, of what is out of reach there. It is not
+// in the trash, which any process empties, for it may have to go back.
+const doomedPrefix = "doomed-"
+
 // delete deletes the links that have been in limbo for long enough: all or none
 // of a repository. When one of them turns out to have come back, what hangs on it
 // must not go.
 func (c *collection) delete(have contents, keep map[digest.Digest]bool) error {
-	type taking struct{ trash, from string }
+	type taking struct{ doomed, from string }
 	var taken []taking
 	manifests, layers := 0, 0
 	for i, l := range append(have.revisions, have.layers...) {
@@ -177,16 +183,16 @@ func (c *collection) delete(have contents, keep map[digest.Digest]bool) error {
 			continue
 		}
 		from := c.store.limboPath(l.dir)
-		trash, err := c.store.take(from)
+		doomed := c.store.limboPath("/" + doomedPrefix + rand.Text())
+		err := os.Rename(from, doomed)
 		if err == nil {
 			// Its link may have been taken out of it.
-			_, err = os.Lstat(trash + "/" + deletedName + "/link")
-			taken = append(taken, taking{trash, from})
+			_, err = os.Lstat(doomed + "/link")
+			taken = append(taken, taking{doomed, from})
 		}
 		if err != nil {
 			for _, t := range taken {
-				err = errors.Join(err, os.Rename(t.trash+"/"+deletedName, t.from))
-				os.Remove(t.trash)
+				err = errors.Join(err, os.Rename(t.doomed, t.from))
 			}
 			for _, l := range have.layers { // what was counted is there again
 				c.link(l)
@@ -207,7 +213,7 @@ func (c *collection) delete(have contents, keep map[digest.Digest]bool) error {
 	c.Layers += layers
 	var errs []error
 	for _, t := range taken {
-		errs = append(errs, os.RemoveAll(t.trash))
+		errs = append(errs, os.RemoveAll(t.doomed))
 	}
 	return errors.Join(errs...)
 }
@@ -228,6 +234,10 @@ func (c *collection) condemn(links []link, keep map[digest.Digest]bool) error {
 		err := c.store.condemn(l.dir)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted meanwhile
+		}
+		if errors.Is(err, syscall.ENOSPC) {
+			c.Waiting++ // for the space that others free
+			continue
 		}
 		if err != nil {
 			return err
@@ -318,7 +328,7 @@ func (c *collection) treeBlob(d digest.Digest) error {
 	if _, err := os.Lstat(c.store.path(data)); err != nil {
 		return removeTemporary(c.store.path(dir))
 	}
-	if err := c.store.condemn(dir); err != nil {
+	if err := c.store.condemn(dir); err != nil && !errors.Is(err, syscall.ENOSPC) {
 		return ignoreAbsent(err)
 	}
 	c.Waiting++

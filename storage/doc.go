@@ -34,7 +34,7 @@
 // limbo; trash, what is being deleted; quarantine, corrupt files, with damaged
 // naming those that are wanted again; partial, blobs on their way in; journal;
 // usage, how many bytes each repository takes; scrub.json, how far scrubbing has
-// come. All but the journal can be deleted while nothing runs.
+// come. All but limbo and the journal can be deleted while nothing runs.
 //
 // # Journal
 //

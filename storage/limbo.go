@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -85,21 +86,12 @@ func (s *Store) discard(file string) error {
 	return os.RemoveAll(trash)
 }
 
-// take moves a file or directory on disk into a directory of its own in the
-// trash, under the name "deleted".
+// take moves a file or directory on disk to the trash. It makes no directory, so
+// that what is deleted to free space needs none.
 func (s *Store) take(file string) (trash string, err error) {
-	trash, err = os.MkdirTemp(filepath.Join(s.root, trashDir), "")
-	if err != nil {
-		return "", err
-	}
-	if err := os.Rename(file, filepath.Join(trash, deletedName)); err != nil {
-		os.Remove(trash)
-		return "", err
-	}
-	return trash, nil
+	trash = filepath.Join(s.root, trashDir, rand.Text())
+	return trash, os.Rename(file, trash)
 }
-
-const deletedName = "deleted"
 
 // follow returns what the link at a driver path names, and renews it: a link
 // that is used is not old. The error is fs.ErrNotExist when there is none, or

@@ -12,6 +12,7 @@ var crashJobs = map[string]func(root string){
 	"":        pushUntilKilled,
 	"record":  recordUntilKilled,
 	"collect": collectUntilKilled,
+	"fill":    pushUntilFull,
 }
 
 func TestMain(m *testing.M) {

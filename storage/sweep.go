@@ -38,6 +38,15 @@ func (s *Store) sweep(ctx context.Context, uploadAge, quarantineAge time.Duratio
 		swept.Uploads += n
 	}
 	s.emptyTrash()
+	err = eachDir(filepath.Join(s.root, limboDir), func(name string) error {
+		if !strings.HasPrefix(name, doomedPrefix) {
+			return nil
+		}
+		return s.discard(filepath.Join(s.root, limboDir, name))
+	})
+	if err != nil {
+		return swept, err
+	}
 	for _, old := range []struct {
 		dir, prefix string
 		age         time.Duration
