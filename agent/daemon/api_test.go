@@ -36,6 +36,7 @@ type api struct {
 	watches map[*watchStream]bool
 	leases  map[string]*coordinationv1.Lease
 	nodes   []corev1.Node
+	denied  int // this many lists of nodes fail
 	events  []*corev1.Event
 	writes  int      // of Leases
 	refused []string // requests that no role of an agent's would allow
@@ -278,6 +279,10 @@ func (a *api) createEvent(w http.ResponseWriter, r *http.Request) {
 func (a *api) listNodes(w http.ResponseWriter, _ *http.Request) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.denied--; a.denied >= 0 {
+		fail(w, http.StatusInternalServerError, metav1.StatusReasonInternalError)
+		return
+	}
 	answer(w, corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}, Items: a.nodes})
 }
 

@@ -77,8 +77,9 @@ func (c *client) awaitCleaned(ctx context.Context, cfg UninstallConfig) (silent 
 	for {
 		leases, err := c.agents(ctx)
 		if err == nil && time.Since(asked) > nodesInterval {
-			ready, err = c.readyNodes(ctx)
-			asked = time.Now()
+			if ready, err = c.readyNodes(ctx); err == nil {
+				asked = time.Now()
+			}
 		}
 		late := time.Now().After(deadline)
 		if err != nil && (ctx.Err() != nil || late) {

@@ -54,7 +54,7 @@ type agentFlags struct {
 	config, namespace, node, pod string
 	nodeRoot, certsDir           string
 	checkImage                   string
-	data                         string
+	data, containerd             string
 	cacheListen, healthListen    string
 	secretGrace                  time.Duration
 	once                         bool
@@ -71,6 +71,7 @@ func (f *agentFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.certsDir, "certs-dir", "", "containerd's hosts directory on the node (default the one that is found to be read)")
 	flags.StringVar(&f.checkImage, "check-image", "", "image that is pulled before and after the runtime's configuration is changed")
 	flags.StringVar(&f.data, "data", "", "directory of the cache (default NODE-ROOT/var/lib/connected-registry/cache)")
+	flags.StringVar(&f.containerd, "containerd", "", "containerd's socket, for the cache to read what containerd has already (default: the usual ones inside NODE-ROOT)")
 	flags.StringVar(&f.cacheListen, "cache-listen", "127.0.0.1:5050", "loopback address of the cache; empty for no cache")
 	flags.StringVar(&f.healthListen, "health-listen", "127.0.0.1:8082", "address of /healthz, /readyz and /metrics; empty for none")
 	flags.DurationVar(&f.secretGrace, "secret-grace", 10*time.Minute, "how long the certificates of a deleted Secret stay trusted")
@@ -87,6 +88,20 @@ func (f *agentFlags) cacheURL() string {
 
 func (f *agentFlags) cacheDir() string {
 	return cmp.Or(f.data, filepath.Join(f.nodeRoot, daemon.CacheDir))
+}
+
+// containerdSocket is empty if there is none within reach.
+func (f *agentFlags) containerdSocket() string {
+	if f.containerd != "" {
+		return f.containerd
+	}
+	for _, name := range []string{"run/containerd/containerd.sock", "run/k3s/containerd/containerd.sock"} {
+		name = filepath.Join(f.nodeRoot, name)
+		if info, err := os.Stat(name); err == nil && info.Mode().Type() == os.ModeSocket {
+			return name
+		}
+	}
+	return ""
 }
 
 // runOnce is for a node that joins no cluster yet.
@@ -121,7 +136,7 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	metrics.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	config := daemon.Config{
 		File: f.config, API: api, NodeRoot: f.nodeRoot, CertsDir: f.certsDir,
-		Runtime:     nodeRuntime{nodeRoot: f.nodeRoot, checkImage: f.checkImage, log: log},
+		Runtime:     nodeRuntime{nodeRoot: f.nodeRoot, certsDir: f.certsDir, checkImage: f.checkImage, log: log},
 		Namespace:   cmp.Or(f.namespace, os.Getenv("POD_NAMESPACE")),
 		Node:        cmp.Or(f.node, os.Getenv("NODE_NAME")),
 		Pod:         cmp.Or(f.pod, os.Getenv("POD_NAME"), host),
@@ -135,7 +150,7 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	gatherers := prometheus.Gatherers{metrics}
 	var nodeCache *nodeCache
 	if f.cacheListen != "" {
-		if nodeCache, err = newNodeCache(f.cacheDir(), f.cacheListen, log); err != nil {
+		if nodeCache, err = newNodeCache(f.cacheDir(), f.cacheListen, f.containerdSocket(), log); err != nil {
 			return err
 		}
 		config.Cache = nodeCache
@@ -162,6 +177,10 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 			return nil
 		})
 	}
+	g.Go(func() error {
+		keepSmall(running)
+		return nil
+	})
 	g.Go(func() error { return d.Run(running) })
 	if err := g.Wait(); err != nil {
 		return err

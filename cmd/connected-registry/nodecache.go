@@ -28,6 +28,7 @@ const (
 // holds.
 type nodeCache struct {
 	dir, listen string
+	containerd  string // its socket; empty: it is not asked
 	log         *slog.Logger
 	news        chan struct{} // holds one element when want has changed
 
@@ -38,7 +39,7 @@ type nodeCache struct {
 	metrics *prometheus.Registry // of the running cache
 }
 
-func newNodeCache(dir, listen string, log *slog.Logger) (*nodeCache, error) {
+func newNodeCache(dir, listen, containerd string, log *slog.Logger) (*nodeCache, error) {
 	host, _, err := net.SplitHostPort(listen)
 	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
 		return nil, fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", listen)
@@ -46,12 +47,12 @@ func newNodeCache(dir, listen string, log *slog.Logger) (*nodeCache, error) {
 	if dir == "" {
 		return nil, errors.New("no directory for the cache: give one with --data")
 	}
-	return &nodeCache{dir: dir, listen: listen, log: log, news: make(chan struct{}, 1)}, nil
+	return &nodeCache{dir: dir, listen: listen, containerd: containerd, log: log, news: make(chan struct{}, 1)}, nil
 }
 
 // Configure implements daemon.Cache.
 func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) error {
-	want := cache.Config{Dir: n.dir, Registries: cache.NodeRegistries(c, caFile), Logger: n.log}
+	want := cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log}
 	if q := c.NodeCache.MaxSize; q != nil {
 		want.MaxSize = q.Value()
 	}
