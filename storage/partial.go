@@ -77,7 +77,7 @@ type mark struct {
 // A chunk's mark is saved when so many bytes have come since, or so much time
 // has passed: what a kill can cost.
 const (
-	saveBytes = 256 << 10
+	saveBytes = 64 << 10
 	saveTime  = 50 * time.Millisecond
 )
 

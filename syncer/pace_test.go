@@ -51,13 +51,13 @@ func testBudget(t *testing.T) {
 	synctest.Wait()
 	time.Sleep(time.Minute)
 	want := "the 20 requests an hour of spec.sync.maxRequestsPerHour are used up for parent " + p.host + "; it goes on at " + begun.Add(time.Hour).UTC().Format(time.RFC3339)
-	if got := f.waits(); len(got) != 1 || got[0] != want {
+	if got := f.Status().Delayed; len(got) != 1 || got[0] != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	if got := f.waits(); len(got) != 0 {
+	if got := f.Status().Delayed; len(got) != 0 {
 		t.Errorf("at the end %q", got)
 	}
 	if len(asked) < 30 { // a HEAD, a manifest and two blobs for each

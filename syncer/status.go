@@ -16,6 +16,7 @@ func (s *Syncer) Status() v1alpha1.Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	status := s.last
+	status.Delayed = s.waits()
 	status.Repositories = slices.Clone(status.Repositories)
 	if status.RegistrySyncResult != nil {
 		status.RegistrySyncResult = new(*status.RegistrySyncResult)

@@ -22,6 +22,9 @@ type Status struct {
 	NextSyncTime *metav1.Time `json:"nextSyncTime,omitempty"`
 	// RegistrySyncResult is the last synchronisation, or the one under way.
 	RegistrySyncResult *RegistrySyncResult `json:"registrySyncResult,omitempty"`
+	// Delayed says in one line for each registry why requests to it wait: for
+	// Sync.MaxRequestsPerHour, or because it asked for that. Empty: none does.
+	Delayed []string `json:"delayed,omitempty"`
 	// LastActivityTime is when a synchronisation last began or ended.
 	LastActivityTime *metav1.Time `json:"lastActivityTime,omitempty"`
 	// LastResync is the value of AnnotationResync that was last carried out.

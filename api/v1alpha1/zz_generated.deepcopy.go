@@ -733,6 +733,11 @@ func (in *Status) DeepCopyInto(out *Status) {
 		*out = new(RegistrySyncResult)
 		(*in).DeepCopyInto(*out)
 	}
+	if in.Delayed != nil {
+		in, out := &in.Delayed, &out.Delayed
+		*out = make([]string, len(*in))
+		copy(*out, *in)
+	}
 	if in.LastActivityTime != nil {
 		in, out := &in.LastActivityTime, &out.LastActivityTime
 		*out = (*in).DeepCopy()

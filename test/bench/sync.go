@@ -28,7 +28,7 @@ const (
 	syncShared       = 16 << 20 // each of 4 layers that a repository's images share
 	syncOwn          = 3 << 20  // each of 2 layers of one image
 	syncTags         = 5000     // of the second case, over 50 repositories
-	badBytes         = 256 << 20
+	badBytes         = 512 << 20
 	slowBytes        = 40 << 20
 	syncKills        = 10
 )
