@@ -29,21 +29,19 @@ type job struct {
 	// key changes with everything that the rest is made from.
 	key  [sha256.Size]byte
 	spec v1alpha1.Spec
-	// config is made from the spec.
-	config syncer.Config
+	// config is made from the spec and secrets, which were read for it.
+	config  syncer.Config
+	secrets syncer.Secrets
 }
 
-// active reports whether there is anything to do beside looking after what is
-// stored.
-func (j *job) active() bool { return j != nil && !j.spec.Suspend }
-
-// hasSource reports whether there is a registry that content comes from.
-func (j *job) hasSource() bool {
-	return j.config.Parent.Endpoint != "" || len(j.config.Upstreams) > 0
+// synchronises reports whether there is a registry that content comes from, and
+// whether it is to be asked.
+func (j *job) synchronises() bool {
+	return j != nil && !j.spec.Suspend && (j.config.Parent.Endpoint != "" || len(j.config.Upstreams) > 0)
 }
 
-// engine synchronises, in both directions, as it is told last, and looks after
-// what is stored. Its methods but run may be called from several goroutines.
+// engine synchronises as it is told last, and does what goes with that; see
+// syncer.Duties. Its methods but run may be called from several goroutines.
 type engine struct {
 	open    func(context.Context) (*storage.Store, error)
 	log     *slog.Logger
@@ -54,8 +52,9 @@ type engine struct {
 	job     *job // nil: none
 	resync  string
 	current *syncer.Syncer // nil: not at work
-	outbox  *syncer.Outbox
-	before  v1alpha1.Status // as of the last syncer that ended
+	duties  *syncer.Duties
+	before  v1alpha1.Status // as of the last job that ended
+	looked  time.Time       // when the duties were last asked how they stand
 	resyncs string          // the last resync that was carried out
 	fault   error           // why it is not at work though there is a job
 }
@@ -79,28 +78,22 @@ func (e *engine) set(j *job, resync string) {
 	}
 }
 
-// progress is how far an engine is.
-type progress struct {
-	v1alpha1.Status
-	outbox syncer.OutboxStatus
-	// fault is why nothing is synchronised though it should be.
-	fault error
-}
-
-func (e *engine) progress() progress {
+// status is how far the engine is. The error is why nothing is synchronised though
+// it should be.
+func (e *engine) status() (v1alpha1.Status, error) {
 	e.mu.Lock()
-	current, outbox := e.current, e.outbox
-	p := progress{Status: e.before, fault: e.fault}
-	resync := e.resyncs
-	e.mu.Unlock()
-	if current != nil {
-		p.Status = current.Status()
+	defer e.mu.Unlock()
+	if e.duties != nil && time.Since(e.looked) >= progressInterval {
+		e.duties.Status(&e.before) // reads files
+		e.looked = time.Now()
 	}
-	if outbox != nil {
-		p.outbox = outbox.Status()
+	status := e.before
+	if e.current != nil {
+		status = e.current.Status()
+		status.Changes, status.Notifications, status.Children = e.before.Changes, e.before.Notifications, e.before.Children
 	}
-	p.LastResync = resync
-	return p
+	status.LastResync = e.resyncs
+	return status, e.fault
 }
 
 func (e *engine) wanted() *job {
@@ -132,12 +125,9 @@ func (e *engine) run(ctx context.Context) {
 		return
 	}
 	defer store.Close() // never fails
-	var group sync.WaitGroup
-	defer group.Wait()
-	group.Go(func() { syncer.Maintain(ctx, store, e.collection, e.log) })
 	for ctx.Err() == nil {
 		j := e.wanted()
-		if !j.active() {
+		if j == nil {
 			e.fail(nil)
 			e.wait(ctx, 0)
 			continue
@@ -164,14 +154,6 @@ func (e *engine) store(ctx context.Context) *storage.Store {
 	return nil
 }
 
-// collection is what is wanted of garbage collection now.
-func (e *engine) collection() v1alpha1.GarbageCollection {
-	if j := e.wanted(); j != nil {
-		return j.spec.GarbageCollection
-	}
-	return v1alpha1.GarbageCollection{Enabled: new(false), Schedule: v1alpha1.DefaultGarbageCollectionSchedule}
-}
-
 // wait returns when something changed, ctx ends, or d has passed. 0: never.
 func (e *engine) wait(ctx context.Context, d time.Duration) {
 	var after <-chan time.Time
@@ -191,17 +173,17 @@ func (e *engine) wait(ctx context.Context, d time.Duration) {
 func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 	registered := &scope{Registerer: e.metrics}
 	defer registered.close()
-	s, outbox, err := e.prepare(j, store, registered)
+	s, duties, err := e.prepare(ctx, j, store, registered)
 	if err != nil {
 		return err
 	}
-	e.begin(s, outbox)
+	e.begin(s, duties)
 	defer e.end()
 	ctx, stop := context.WithCancel(ctx)
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer stop()
-	group.Go(func() { _ = outbox.Run(ctx) }) // never fails
+	group.Go(func() { _ = duties.Run(ctx) }) // never fails
 	if s != nil {
 		group.Go(func() { _ = s.Run(ctx) }) // never fails
 	}
@@ -216,7 +198,7 @@ func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 			return nil
 		case <-e.changed:
 		}
-		if next := e.wanted(); !next.active() {
+		if next := e.wanted(); next == nil || next.spec.Suspend && !j.spec.Suspend {
 			return nil
 		} else if next.key != j.key {
 			e.finish(ctx, s)
@@ -227,20 +209,22 @@ func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 
 // prepare makes what works on a job. The syncer is nil when there is nothing to
 // synchronise with.
-func (e *engine) prepare(j *job, store *storage.Store, registered *scope) (*syncer.Syncer, *syncer.Outbox, error) {
+func (e *engine) prepare(ctx context.Context, j *job, store *storage.Store, registered *scope) (*syncer.Syncer, *syncer.Duties, error) {
 	config := j.config
 	config.Store, config.Driver, config.Logger = store.Namespace(), store.Driver(), e.log
-	out, err := config.Outbox(&j.spec, store)
+	if e.metrics != nil {
+		config.Metrics = registered
+	}
+	duties, err := syncer.NewDuties(ctx, syncer.DutiesConfig{
+		Name: config.Name, Spec: &j.spec, Sync: config, Store: store, Secrets: j.secrets, Logger: e.log, Metrics: config.Metrics,
+	})
 	if err != nil {
 		return nil, nil, err
 	}
-	if e.metrics != nil {
-		config.Metrics, out.Metrics = registered, registered
+	if !j.synchronises() {
+		return nil, duties, nil
 	}
-	outbox, err := syncer.NewOutbox(out)
-	if err != nil || !j.hasSource() {
-		return nil, outbox, err
-	}
+	config.Progress = duties.Progress
 	e.mu.Lock()
 	config.Before = e.before
 	e.mu.Unlock()
@@ -248,7 +232,7 @@ func (e *engine) prepare(j *job, store *storage.Store, registered *scope) (*sync
 	if err != nil {
 		return nil, nil, fmt.Errorf("preparing the synchronisation: %w", err)
 	}
-	return s, outbox, nil
+	return s, duties, nil
 }
 
 // carryOut synchronises by hand. It counts as done when it ended by itself, so
@@ -281,17 +265,17 @@ func (e *engine) finish(ctx context.Context, s *syncer.Syncer) {
 		case <-finished:
 			return
 		case <-e.changed:
-			if !e.wanted().active() {
+			if !e.wanted().synchronises() {
 				cancel()
 			}
 		}
 	}
 }
 
-func (e *engine) begin(s *syncer.Syncer, outbox *syncer.Outbox) {
+func (e *engine) begin(s *syncer.Syncer, duties *syncer.Duties) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.current, e.outbox, e.fault = s, outbox, nil
+	e.current, e.duties, e.fault, e.looked = s, duties, nil, time.Time{}
 }
 
 func (e *engine) end() {
@@ -300,7 +284,8 @@ func (e *engine) end() {
 	if e.current != nil {
 		e.before = e.current.Status()
 	}
-	e.current, e.outbox = nil, nil
+	e.duties.Status(&e.before)
+	e.current, e.duties = nil, nil
 }
 
 // scope registers metrics for as long as one syncer lives.

@@ -237,10 +237,10 @@ func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader)
 	} else if ctx.Err() == nil {
 		again = sooner(again, 2*minRetry)
 	}
-	l.setJob(ctx, f, secrets)
-	f.source = l.source
 	names := svc.names(f.cr.Spec.LoginServer, f.cr.Spec.TLS.Disabled)
 	f.loginServer = names[0]
+	l.setJob(ctx, f, secrets)
+	f.source = l.source
 	f.rendering = errors.Join(l.renderReplica(ctx, f.cr, names, secrets), l.renderNode(ctx, f.cr, svc))
 	l.logProblem(ctx, f)
 	if f.rendering != nil {
@@ -264,15 +264,19 @@ func (l *loop) setJob(ctx context.Context, f *findings, secrets *secretReader) {
 	config, source, err := syncer.FromSpec(ctx, &f.cr.Spec, reader)
 	f.parent = err
 	if err == nil {
-		l.job, l.source = &job{spec: f.cr.Spec, config: config}, source
-		l.job.key, f.parent = reader.key(f.cr.Spec)
+		config.Name, config.LoginServer, config.Version = f.cr.Name, f.loginServer, l.config.Version
+		j := &job{spec: f.cr.Spec, config: config, secrets: secrets}
+		if j.key, err = reader.key(ctx, f.cr.Spec, f.loginServer); err == nil {
+			l.job, l.source = j, source
+		}
+		f.parent = err
 	} else if l.job != nil && l.job.spec.Suspend != f.cr.Spec.Suspend {
 		// Whether to work at all does not hang on it.
 		l.job = new(*l.job)
 		l.job.spec.Suspend = f.cr.Spec.Suspend
 		l.job.key[0]++
 	}
-	f.active = l.job.active() && l.job.hasSource()
+	f.active = l.job.synchronises()
 	l.engine.set(l.job, f.asked.Annotations[v1alpha1.AnnotationResync])
 }
 
@@ -384,12 +388,20 @@ func (r *recordingReader) Secret(ctx context.Context, name, key string) ([]byte,
 	return value, err
 }
 
-// key digests what was read and a spec. What only concerns clients and nodes is
-// left out, so that it does not disturb a copy under way.
-func (r *recordingReader) key(spec v1alpha1.Spec) (key [sha256.Size]byte, err error) {
-	spec.LoginServer, spec.AnonymousPull, spec.ClientTokens, spec.Mirrors, spec.LogLevel = "", false, nil, nil, ""
+// key digests what was read, with what receivers of notifications are sent, the
+// login server, and a spec. What only concerns clients and nodes is left out, so
+// that it does not disturb a copy under way.
+func (r *recordingReader) key(ctx context.Context, spec v1alpha1.Spec, loginServer string) (key [sha256.Size]byte, err error) {
+	for _, n := range spec.Notifications {
+		if n.SecretRef != nil {
+			// What is missing is reported where it is used.
+			_, _ = r.Secret(ctx, n.SecretRef.Name, v1alpha1.SecretKeyAuthorization)
+		}
+	}
+	spec.LoginServer = loginServer
+	spec.AnonymousPull, spec.ClientTokens, spec.Mirrors, spec.LogLevel = false, nil, nil, ""
 	spec.NodeCache, spec.TLS, spec.TrustDistribution = v1alpha1.NodeCache{}, v1alpha1.TLS{}, v1alpha1.TrustDistribution{}
-	spec.GarbageCollection, spec.ImmutableTags, spec.Quota = v1alpha1.GarbageCollection{}, nil, v1alpha1.Quota{}
+	spec.ImmutableTags, spec.Quota = nil, v1alpha1.Quota{}
 	if err := json.NewEncoder(r.sum).Encode(spec); err != nil {
 		return key, err
 	}

@@ -56,14 +56,14 @@ func (p *publisher) publish(ctx context.Context) error {
 	if found == nil {
 		return nil
 	}
-	sync := p.loop.engine.progress()
+	sync, fault := p.loop.engine.status()
 	now := time.Now()
-	if justBegan(sync.Status, now) || isSyncing(sync.Status) && isSyncing(p.before) && now.Sub(p.at) < progressInterval {
+	if justBegan(sync, now) || isSyncing(sync) && isSyncing(p.before) && now.Sub(p.at) < progressInterval {
 		return nil
 	}
 	status := compose(view{
 		now: metav1.NewTime(now), version: p.loop.config.Version,
-		before: p.before, found: found, sync: sync,
+		before: p.before, found: found, sync: sync, engine: fault,
 	})
 	data, err := json.Marshal(status)
 	if err != nil {

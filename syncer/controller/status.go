@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -14,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
-	"github.com/connected-registry/connected-registry/syncer"
 	"github.com/connected-registry/connected-registry/syncer/certificates"
 )
 
@@ -34,7 +32,8 @@ type view struct {
 	version string
 	before  v1alpha1.Status // as it was last written
 	found   *findings
-	sync    progress
+	sync    v1alpha1.Status // as the engine has it
+	engine  error           // why nothing is synchronised though it should be
 }
 
 // compose makes the status.
@@ -52,7 +51,9 @@ func compose(v view) v1alpha1.Status {
 		RegistrySyncResult: v.sync.RegistrySyncResult.DeepCopy(),
 		Content:            content(v.sync.Repositories),
 		Repositories:       incompleteFirst(v.sync.Repositories),
-		Push:               push(v.sync.outbox),
+		Changes:            v.sync.Changes,
+		Notifications:      v.sync.Notifications,
+		Children:           v.sync.Children,
 	}
 	if v.found.certificates == nil && v.found.trust.Trust != nil {
 		s.Trust = v.found.trust.Trust
@@ -127,18 +128,6 @@ func content(all []v1alpha1.RepositoryStatus) *v1alpha1.ContentStatus {
 	return c
 }
 
-// push is nil while there is nothing to tell.
-func push(o syncer.OutboxStatus) *v1alpha1.PushStatus {
-	if o.Waiting+o.Brought+o.Dropped+o.Conflicts == 0 {
-		return nil
-	}
-	p := &v1alpha1.PushStatus{Waiting: o.Waiting, Brought: o.Brought, Dropped: o.Dropped, Conflicts: o.Conflicts}
-	if !o.Oldest.IsZero() {
-		p.Oldest = new(metav1.NewTime(o.Oldest))
-	}
-	return p
-}
-
 // incompleteFirst leaves complete repositories out when there are too many.
 func incompleteFirst(all []v1alpha1.RepositoryStatus) []v1alpha1.RepositoryStatus {
 	listed := slices.Clone(all)
@@ -206,7 +195,7 @@ func setConditions(s *v1alpha1.Status, v view) {
 // they stay as they are.
 func syncConditions(s *v1alpha1.Status, v view, set func(conditionType string, status metav1.ConditionStatus, reason, message string)) {
 	r := s.RegistrySyncResult
-	switch err := cmp.Or(v.found.parent, v.sync.fault); {
+	switch err := cmp.Or(v.found.parent, v.engine); {
 	case v.found.cr.Spec.Suspend:
 		set(v1alpha1.ConditionSynced, metav1.ConditionFalse, "Suspended", "spec.suspend is set")
 		set(v1alpha1.ConditionParentReachable, metav1.ConditionUnknown, "Suspended", "spec.suspend is set")
@@ -270,7 +259,7 @@ func details(v view) []v1alpha1.StatusDetail {
 	addError("InvalidResource", v.found.invalid)
 	addError("NotRendered", v.found.rendering)
 	addError("ParentUnusable", v.found.parent)
-	addError("SynchronisationImpossible", v.sync.fault)
+	addError("SynchronisationImpossible", v.engine)
 	addError("CertificatesUnknown", v.found.certificates)
 	if v.found.certificates == nil {
 		for _, c := range v.found.trust.Conditions {
@@ -279,15 +268,13 @@ func details(v view) []v1alpha1.StatusDetail {
 			}
 		}
 	}
-	for _, repository := range slices.Sorted(maps.Keys(v.sync.outbox.Problems)) {
-		text := v.sync.outbox.Problems[repository]
-		if repository != "" {
-			text = repository + ": " + text
+	if v.sync.Changes != nil {
+		for _, text := range v.sync.Changes.Problems {
+			add("ChangeNotBrought", v1alpha1.DetailWarning, text, text)
 		}
-		add("PushWaiting", v1alpha1.DetailError, repository, text)
 	}
-	for _, text := range v.sync.outbox.Recent {
-		add("PushConflict", v1alpha1.DetailWarning, text, text)
+	if v.sync.Notifications != nil {
+		add("NotificationsFail", v1alpha1.DetailWarning, "", v.sync.Notifications.LastError)
 	}
 	if v.sync.ConnectionState == v1alpha1.ConnectionStateOffline && v.sync.RegistrySyncResult != nil {
 		add("ParentUnreachable", v1alpha1.DetailError, "", v.sync.RegistrySyncResult.Error)
@@ -345,7 +332,7 @@ func changes(before, after v1alpha1.Status) []event {
 		known[d.CorrelationID] = true
 	}
 	for _, d := range after.StatusDetails {
-		if !known[d.CorrelationID] && (d.Code == "RemovalsHeld" || d.Code == "PushConflict" || d.Code == "SynchronisationImpossible" || d.Code == "ParentUnusable") {
+		if !known[d.CorrelationID] && (d.Code == "RemovalsHeld" || d.Code == "ChangeNotBrought" || d.Code == "SynchronisationImpossible" || d.Code == "ParentUnusable") {
 			all = append(all, event{true, d.Code, d.Description})
 		}
 	}

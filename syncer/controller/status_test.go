@@ -42,7 +42,7 @@ func aView(t *testing.T) view {
 			loginServer: "registry.site.example",
 			trust:       settled(metav1.ConditionTrue, "Issued"),
 		},
-		sync: progress{Status: v1alpha1.Status{
+		sync: v1alpha1.Status{
 			ConnectionState: v1alpha1.ConnectionStateOnline,
 			LastSyncTime:    new(at(9)), NextSyncTime: new(at(11)),
 			RegistrySyncResult: &v1alpha1.RegistrySyncResult{
@@ -50,7 +50,7 @@ func aView(t *testing.T) view {
 				LastSyncStartTime: new(at(8)), LastSyncEndTime: new(at(9)), LastSuccessfulSyncEndTime: new(at(9)),
 			},
 			Repositories: []v1alpha1.RepositoryStatus{{Name: "team/app", TagsWanted: 2, TagsPresent: 2}},
-		}},
+		},
 	}
 }
 
@@ -83,7 +83,7 @@ func TestCompose(t *testing.T) {
 	v.sync.ConnectionState = v1alpha1.ConnectionStateOffline
 	v.sync.RegistrySyncResult.SyncState = v1alpha1.SyncStateFailed
 	v.sync.RegistrySyncResult.Error = "parent registry.example.com refuses connections"
-	v.sync.outbox = syncer.OutboxStatus{Waiting: 1, Oldest: at(12).Time, Problems: map[string]string{"": "the parent is away"}}
+	v.sync.Changes = &v1alpha1.ChangesStatus{Waiting: 1, OldestTime: new(at(12)), Problems: []string{"the parent is away"}}
 	bad := compose(v)
 	golden(t, "status-bad.yaml", statusYAML(t, bad))
 
