@@ -177,7 +177,7 @@ func describe(r rootFiles, l layout, marker string, v Version, runtime Finding) 
 		distribution.Evidence = &Evidence{File: marker}
 	}
 	d.find(distribution)
-	if !r.exists("/usr") {
+	if !isWhole(r) {
 		d.find(Finding{Name: "node root", Value: "only part of the node's file system", Verdict: Warning,
 			Remedy: "mount the node's whole root to have all of it looked at"})
 	}
@@ -188,6 +188,10 @@ func describe(r rootFiles, l layout, marker string, v Version, runtime Finding) 
 	d.findRegistries(r)
 	return d
 }
+
+// isWhole reports whether the root is all of a node's file system, and not some
+// directories of it.
+func isWhole(r rootFiles) bool { return r.exists("/usr") }
 
 func (d *Detection) findSystem(r rootFiles) {
 	name, from, store, program := findSystem(r)
@@ -211,7 +215,7 @@ func (d *Detection) findConfiguration(r rootFiles) {
 	var found bool
 	d.configFile, found = firstOf(r, d.layout.configs)
 	if !found {
-		d.findNoConfiguration()
+		d.findNoConfiguration(isWhole(r))
 		return
 	}
 	c, err := loadConfig(r, d.configFile, d.version)
@@ -237,11 +241,16 @@ func (d *Detection) findConfiguration(r rootFiles) {
 
 // findNoConfiguration: a distribution that writes its own has not started yet;
 // otherwise containerd runs by its defaults.
-func (d *Detection) findNoConfiguration() {
+func (d *Detection) findNoConfiguration(whole bool) {
 	if d.layout.generated != "" {
 		d.readsHosts = true
 		d.find(Finding{Name: "configuration", Value: "not written yet", Verdict: OK, Evidence: &Evidence{File: d.configFile},
 			Remedy: d.layout.name + " writes it at its first start, with its own hosts directory"})
+		return
+	}
+	if !whole {
+		d.find(Finding{Name: "configuration", Value: "none in sight", Verdict: Fault, Evidence: &Evidence{File: d.configFile},
+			Remedy: "mount the node's whole root, or the directory in which its distribution keeps containerd's configuration (the chart's agent.containerdPath)"})
 		return
 	}
 	d.config = &config{v: d.version}

@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"path"
 	"strings"
 
 	"github.com/connected-registry/connected-registry/agent/daemon"
@@ -15,6 +17,8 @@ import (
 // nodeRuntime is the node's container runtime for the agent.
 type nodeRuntime struct {
 	nodeRoot string
+	// certsDir is where host configuration is written. Empty: where it is read.
+	certsDir string
 	// checkImage is pulled before and after a change. Empty: none is.
 	checkImage string
 	log        *slog.Logger
@@ -29,6 +33,9 @@ func (r nodeRuntime) Look(ctx context.Context, allowed bool, turn daemon.Turn) (
 	findings := daemon.RuntimeFindings{CertsDir: d.CertsDir, Reserved: d.Reserved, Report: string(report)}
 	if err == nil && d.Verdict == node.Fault {
 		err = errors.New("it does not read what is written for it: " + strings.Join(plan.Steps, "; "))
+	}
+	if err == nil && r.certsDir != "" && path.Clean(r.certsDir) != path.Clean(d.CertsDir) {
+		err = fmt.Errorf("it reads %s, but what is written for it is in %s: set --certs-dir, or the chart's agent.containerdPath", d.CertsDir, r.certsDir)
 	}
 	return findings, errors.Join(err, encodeErr)
 }

@@ -213,6 +213,52 @@ func TestRollBack(t *testing.T) {
 	}
 }
 
+// TestKilledBeforeRestart: whoever comes next restarts the runtime, once.
+func TestKilledBeforeRestart(t *testing.T) {
+	m := startMirror(t, "first")
+	l := kubeadm("kubeadm", nil, false, func(int) string { return "version = 3\n" + imagesTables("config_path = ''") })
+	r := l.lay(t, 2)
+	original := r.configuration(t)
+	if err := r.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	configure(t, r, m)
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the runtime was not to be restarted")
+			}
+		}()
+		_, _, _ = node.Configure(t.Context(), node.Config{NodeRoot: r.dir, Allowed: true, Restarter: killed{}})
+	}()
+	if d, _, err := node.Configure(t.Context(), node.Config{NodeRoot: r.dir}); err != nil || d.Verdict == node.Fault {
+		t.Fatalf("%+v, %v", d.Findings, err)
+	}
+	if pulls(t, r, m, "first") {
+		t.Fatal("the mirror is asked although the runtime was not restarted")
+	}
+	restarts := &counter{Restarter: r}
+	for range 2 {
+		if _, _, err := node.Configure(t.Context(), node.Config{NodeRoot: r.dir, Allowed: true, Restarter: restarts}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if restarts.n != 1 || !pulls(t, r, m, "first") {
+		t.Errorf("%d restarts, want 1, and a pull", restarts.n)
+	}
+	if err := agent.Cleanup(t.Context(), agent.CleanupConfig{NodeRoot: r.dir}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(original, r.configuration(t)); diff != "" {
+		t.Errorf("after the cleanup (-want +got):\n%s", diff)
+	}
+}
+
+// killed is where a process ends.
+type killed struct{}
+
+func (killed) Restart(context.Context) error { panic("killed") }
+
 // stubborn is an init system whose runtime refuses the changed configuration.
 type stubborn struct {
 	root *root
