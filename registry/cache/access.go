@@ -20,7 +20,9 @@ type request struct {
 	target    // its reader is "this credential may read this repository"
 	registry  *registry
 	disk      *disk
-	auth      string      // Authorization, as it came
+	auth      string      // Authorization, for upstreams
+	own       bool        // it was a token of the cache's own
+	stranger  bool        // it is a token that did not come by here, or has expired
 	header    http.Header // of the client's request
 	pseudonym string      // in Via
 	faults    *faults
@@ -64,10 +66,13 @@ func (rq *request) learn(err error) {
 	}
 	switch no.status {
 	case http.StatusUnauthorized:
-		rq.disk.ledger.revoke(rq.reader)
+		if !rq.own {
+			rq.disk.ledger.revoke(rq.reader)
+		}
 		for _, challenge := range no.challenges {
-			if isBasic(challenge) {
+			if !strings.ContainsAny(challenge, "\r\n") {
 				_ = rq.disk.notes.put(rq.challengeKey(), challenge) // without it, less works offline
+				break
 			}
 		}
 	case http.StatusForbidden:
@@ -77,11 +82,6 @@ func (rq *request) learn(err error) {
 			rq.disk.ledger.revoke(rq.member)
 		}
 	}
-}
-
-func isBasic(challenge string) bool {
-	scheme, _, _ := strings.Cut(challenge, " ")
-	return strings.EqualFold(scheme, "Basic") && !strings.ContainsAny(challenge, "\r\n")
 }
 
 func (rq *request) challengeKey() factKey {
@@ -102,13 +102,12 @@ func (c *Cache) allowedOffline(rq *request) bool {
 }
 
 // offline turns the unavailability of every upstream into the answer for a
-// client about which nothing is known. Where the registry takes Basic
-// credentials, they are asked for in its place: without them, the client could
-// not show that it is one that had been allowed. A Bearer challenge would only
-// send it to a token service that is probably as unreachable.
+// client about which nothing is known. Where the registry takes credentials,
+// they are asked for in its place: without them, the client could not show that
+// it is one that had been allowed. As for tokens, see serveToken.
 func (rq *request) offline(err error) error {
 	var down *unavailable
-	if !errors.As(err, &down) || rq.auth != "" {
+	if !errors.As(err, &down) || !rq.stranger && (rq.auth != "" || rq.own) {
 		return err
 	}
 	challenge := rq.disk.notes.get(rq.challengeKey())

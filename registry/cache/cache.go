@@ -54,6 +54,7 @@ type disk struct {
 	ledger  *ledger
 	notes   notes
 	content *contentStore
+	bearers bearers
 }
 
 // New checks cfg, registers the metrics and prepares a Cache. It touches neither

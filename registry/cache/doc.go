@@ -30,6 +30,15 @@
 // answers up to [Config].OfflineTTL old count. Credentials reach only the
 // upstreams of the registry that was named, and the disk only as a keyed hash.
 //
+// Where the registry asks for tokens, the cache leads clients to itself for them
+// and passes on what they send to the registry's token service. So it knows the
+// credential behind a token, and remembers permissions for that; and it has
+// tokens for those whose credentials had been accepted while the registry, and
+// its token service, are away.
+//
+// Other nodes' caches, where they are asked ([PeerConfig]), are shown no
+// credential: a node asks them for what the registry has allowed its client.
+//
 // # The Cache-Status header
 //
 // Every answer under a known namespace bears one Cache-Status item (RFC 9211)

@@ -16,7 +16,8 @@ type refusal struct {
 	message    string // for people; never a credential
 	upstream   bool   // the status is the upstream's own
 	challenges []string
-	referral   string // the peer to ask instead
+	from       *upstream // who challenges
+	referral   string    // the peer to ask instead
 }
 
 func refuse(status int, cause, message string) *refusal {

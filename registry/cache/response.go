@@ -27,8 +27,10 @@ func judge(up *upstream, resp *http.Response, q question) error {
 		return nil
 	case status == http.StatusUnauthorized:
 		no := refuse(status, "unauthorized", "the registry asks for credentials")
-		no.challenges = resp.Header.Values("WWW-Authenticate")
-		no.upstream = true
+		no.upstream, no.from = true, up
+		if !up.anonymous { // else the credentials would go where they are not meant
+			no.challenges = resp.Header.Values("WWW-Authenticate")
+		}
 		return no
 	case status == http.StatusForbidden, status == http.StatusUnavailableForLegalReasons:
 		no := refuse(http.StatusForbidden, "denied", "the registry denies access")

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -94,6 +95,9 @@ func (c *Cache) enter() bool {
 // serve answers r, or returns what to refuse it with; then nothing has been
 // written to w but headers.
 func (c *Cache) serve(w http.ResponseWriter, r *http.Request) error {
+	if r.URL.Path == tokenPath {
+		return c.serveToken(w, r)
+	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		return refuse(http.StatusMethodNotAllowed, "method", "the cache only reads")
@@ -108,11 +112,14 @@ func (c *Cache) serve(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	rq := c.newRequest(d, t, reg, r)
-	err = c.content(w, r, rq)
-	if err != nil {
-		w.Header()["Cache-Status"] = cacheStatus(toRefusal(err).cacheStatus())
+	if err = c.content(w, r, rq); err == nil {
+		return nil
 	}
-	return err
+	no := *toRefusal(err) // others may share it
+	no.challenges = slices.Clone(no.challenges)
+	reg.leadHere(&no, r.Host)
+	w.Header()["Cache-Status"] = cacheStatus(no.cacheStatus())
+	return &no
 }
 
 func (c *Cache) content(w http.ResponseWriter, r *http.Request, rq *request) error {
@@ -144,12 +151,9 @@ func (c *Cache) registryFor(ns string) (*registry, error) {
 
 func (c *Cache) newRequest(d *disk, t *target, reg *registry, r *http.Request) *request {
 	rq := &request{
-		target: *t, registry: reg, disk: d, faults: &c.faults,
-		auth: r.Header.Get("Authorization"), header: r.Header, pseudonym: c.pseudonym,
+		target: *t, registry: reg, disk: d, faults: &c.faults, header: r.Header, pseudonym: c.pseudonym,
 	}
-	if rq.auth != "" {
-		rq.reader = d.key.reader(reg.host, t.repo, rq.auth)
-	}
+	rq.setAuth(r.Header.Get("Authorization"))
 	return rq
 }
 

@@ -18,6 +18,7 @@ type registry struct {
 	host      string
 	cfg       Registry
 	upstreams []replicas // one for each of cfg.Upstreams
+	tokens    atomic.Pointer[tokenService]
 }
 
 // order returns whom to ask, one after the other.

@@ -1,0 +1,290 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+)
+
+// The cache stands before the token services of its registries (distribution,
+// "Token Authentication Specification"): challenges lead clients to tokenPath
+// here, and what they send is passed on. Without that, a client would have to
+// trust the registry's authority for what it takes to be a plain HTTP server.
+//
+// Tokens last for minutes, credentials for long. So it is the credential behind
+// a token that permissions are remembered for, as a keyed hash. While the
+// registry is unreachable, a credential that its token service has accepted
+// gets a token of the cache's own, which is good here alone: it opens what that
+// credential was allowed to read before, for as long as Config.OfflineTTL says.
+const tokenPath = "/connected-registry/token"
+
+const (
+	maxTokenForm   = 64 << 10
+	maxTokenAnswer = 1 << 20
+
+	// ownTokenLife is how long the cache's own tokens last.
+	ownTokenLife = 5 * time.Minute
+
+	// tokenLife is that of tokens which do not tell (specification: 60 seconds).
+	tokenLife = time.Minute
+
+	// maxTokens bounds the tokens remembered to about 1 MiB.
+	maxTokens = 4096
+)
+
+// tokenService is where a registry's tokens come from.
+type tokenService struct {
+	realm    *url.URL
+	upstream *upstream // by whose authorities it is known
+}
+
+// bearer is the credential behind a token.
+type bearer struct {
+	credential factKey
+	own        bool // issued here, and of no use elsewhere
+	until      time.Time
+}
+
+// bearers remembers the tokens that came by, by their hash.
+type bearers struct {
+	mu     sync.Mutex // guards tokens
+	tokens map[factKey]bearer
+}
+
+func (b *bearers) put(token factKey, of bearer) {
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.tokens) >= maxTokens {
+		for k, old := range b.tokens {
+			if now.After(old.until) || len(b.tokens) >= maxTokens {
+				delete(b.tokens, k)
+			}
+		}
+	}
+	if b.tokens == nil {
+		b.tokens = make(map[factKey]bearer)
+	}
+	b.tokens[token] = of
+}
+
+func (b *bearers) get(token factKey) (bearer, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	of, ok := b.tokens[token]
+	return of, ok && time.Now().Before(of.until)
+}
+
+// setAuth gives rq the client's Authorization.
+func (rq *request) setAuth(auth string) {
+	if auth == "" {
+		return
+	}
+	key := rq.disk.key
+	rq.auth = auth
+	rq.reader = key.reader(rq.host, rq.repo, auth)
+	token, ok := bearerToken(auth)
+	if !ok {
+		return
+	}
+	of, known := rq.disk.bearers.get(key.fact("token", rq.host, token))
+	rq.stranger = !known
+	if known {
+		rq.reader = key.fact("reader of credential", rq.host, rq.repo, string(of.credential[:]))
+		if rq.own = of.own; rq.own {
+			rq.auth = ""
+		}
+	}
+}
+
+func bearerToken(auth string) (string, bool) {
+	scheme, token, _ := strings.Cut(auth, " ")
+	return token, strings.EqualFold(scheme, "Bearer") && token != ""
+}
+
+// leadHere makes the Bearer challenges of a refusal name the cache, which
+// clients reach at host, as the token service.
+func (reg *registry) leadHere(no *refusal, host string) {
+	for i, challenge := range no.challenges {
+		scheme, text, _ := strings.Cut(challenge, " ")
+		if !strings.EqualFold(scheme, "Bearer") {
+			continue
+		}
+		params := challengeParams(text)
+		up := no.from
+		if up == nil {
+			up = reg.upstreams[0][len(reg.upstreams[0])-1]
+		}
+		realm, err := url.Parse(params["realm"])
+		if err != nil || realm.Host == "" || realm.Scheme != "https" && realm.Scheme != up.base.Scheme {
+			continue // the client may know better
+		}
+		reg.tokens.Store(&tokenService{realm, up})
+		here := url.URL{Scheme: "http", Host: host, Path: tokenPath, RawQuery: url.Values{"ns": {reg.host}}.Encode()}
+		rewritten := fmt.Sprintf("Bearer realm=%q", here.String())
+		for _, name := range []string{"service", "scope", "error"} {
+			if value, ok := params[name]; ok && !strings.ContainsAny(value, "\"\\\r\n") {
+				rewritten += fmt.Sprintf(`,%s="%s"`, name, value)
+			}
+		}
+		no.challenges[i] = rewritten
+	}
+}
+
+// tokenRequest is what a client sends to a token service: GET with Basic
+// credentials or none, or POST of a form (specification, and OAuth 2.0).
+type tokenRequest struct {
+	query      url.Values
+	auth       string
+	form       []byte // nil: GET
+	credential factKey
+}
+
+func readTokenRequest(w http.ResponseWriter, r *http.Request, host string, key *nodeKey) (*tokenRequest, error) {
+	q := &tokenRequest{query: r.URL.Query(), auth: r.Header.Get("Authorization")}
+	q.query.Del("ns")
+	user, password, basic := r.BasicAuth()
+	switch {
+	case r.Method == http.MethodPost:
+		form, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxTokenForm))
+		media, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
+		values, bad := url.ParseQuery(string(form))
+		if err != nil || bad != nil || media != "application/x-www-form-urlencoded" {
+			return nil, refuse(http.StatusBadRequest, "token", "the request for a token is no form")
+		}
+		q.form = form
+		if refresh := values.Get("refresh_token"); refresh != "" {
+			q.credential = key.fact("credential", host, "refresh token", refresh)
+			return q, nil
+		}
+		user, password = values.Get("username"), values.Get("password")
+	case r.Method != http.MethodGet:
+		return nil, refuse(http.StatusMethodNotAllowed, "token", "tokens are asked for by GET and POST")
+	case q.auth != "" && !basic:
+		return nil, refuse(http.StatusBadRequest, "token", "the credentials are not of the Basic scheme")
+	}
+	q.credential = key.fact("credential", host, "password", user, password)
+	return q, nil
+}
+
+// serveToken passes a request for a token on, or answers it when nobody does.
+func (c *Cache) serveToken(w http.ResponseWriter, r *http.Request) error {
+	d := c.disk.Load()
+	reg, err := c.registryFor(strings.ToLower(r.URL.Query().Get("ns")))
+	if err != nil {
+		return err
+	}
+	q, err := readTokenRequest(w, r, reg.host, d.key)
+	if err != nil {
+		return err
+	}
+	accepted := d.key.fact("accepted", reg.host, string(q.credential[:]))
+	status, body, err := c.forwardToken(r.Context(), reg, q)
+	switch {
+	case err == nil && status == http.StatusOK:
+		if err := d.rememberToken(reg, q.credential, body); err != nil {
+			return err
+		}
+		d.ledger.confirm(accepted)
+	case err == nil:
+		if status == http.StatusUnauthorized || status == http.StatusForbidden {
+			d.ledger.revoke(accepted)
+		}
+		return refuse(status, "token", "the registry's token service refuses")
+	case d.ledger.known(accepted, c.cfg.OfflineTTL):
+		if body, err = d.ownToken(reg, q.credential); err != nil {
+			return err
+		}
+	default:
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	_, _ = w.Write(body)
+	return nil
+}
+
+// forwardToken returns the answer of the token service, if it is one that says
+// something about the credential.
+func (c *Cache) forwardToken(ctx context.Context, reg *registry, q *tokenRequest) (int, []byte, error) {
+	service := reg.tokens.Load()
+	if service == nil {
+		return 0, nil, &unavailable{"token", errors.New("the registry has not named its token service yet")}
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeouts.Headers)
+	defer cancel()
+	u := *service.realm
+	query := u.Query()
+	for name, values := range q.query {
+		query[name] = values
+	}
+	u.RawQuery = query.Encode()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return 0, nil, &unavailable{"token", errors.New("the registry names no usable token service")}
+	}
+	if q.form != nil {
+		req.Method, req.Body, req.ContentLength = http.MethodPost, io.NopCloser(bytes.NewReader(q.form)), int64(len(q.form))
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	if q.auth != "" {
+		req.Header.Set("Authorization", q.auth)
+	}
+	resp, err := service.upstream.transport.RoundTrip(req) // credentials are not redirected
+	if err != nil {
+		return 0, nil, transportError(ctx, service.upstream, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer))
+	if err != nil {
+		return 0, nil, transportError(ctx, service.upstream, err)
+	}
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden,
+		http.StatusNotFound, http.StatusMethodNotAllowed:
+		return resp.StatusCode, body, nil
+	default:
+		return 0, nil, &unavailable{"token", fmt.Errorf("the token service %s answered %d", u.Host, resp.StatusCode)}
+	}
+}
+
+func (d *disk) rememberToken(reg *registry, credential factKey, body []byte) error {
+	var answer struct {
+		Token       string `json:"token"`
+		AccessToken string `json:"access_token"`
+		ExpiresIn   int64  `json:"expires_in"` // seconds
+	}
+	if err := json.Unmarshal(body, &answer); err != nil || answer.Token == "" && answer.AccessToken == "" {
+		return &unavailable{"token", errors.New("the registry's token service answered without a token")}
+	}
+	life := tokenLife
+	if answer.ExpiresIn > 0 {
+		life = min(time.Duration(answer.ExpiresIn)*time.Second, 24*time.Hour)
+	}
+	for _, token := range []string{answer.Token, answer.AccessToken} {
+		if token != "" {
+			d.bearers.put(d.key.fact("token", reg.host, token), bearer{credential: credential, until: time.Now().Add(life)})
+		}
+	}
+	return nil
+}
+
+func (d *disk) ownToken(reg *registry, credential factKey) ([]byte, error) {
+	token := "offline-" + rand.Text()
+	now := time.Now()
+	d.bearers.put(d.key.fact("token", reg.host, token), bearer{credential: credential, own: true, until: now.Add(ownTokenLife)})
+	return json.Marshal(map[string]any{
+		"token": token, "access_token": token, "expires_in": int(ownTokenLife / time.Second),
+		"issued_at": now.UTC().Format(time.RFC3339),
+	})
+}
