@@ -57,6 +57,7 @@ var (
 	errManifestTooLarge    = &apiError{status: 413, code: "MANIFEST_INVALID", message: "manifest is larger than 4 MiB"}
 	errManifestUnknown     = &apiError{status: 404, code: "MANIFEST_UNKNOWN", message: "manifest unknown to registry"}
 	errNameInvalid         = &apiError{status: 400, code: "NAME_INVALID", message: "invalid repository name"}
+	errTooManyUploads      = &apiError{status: 429, code: "TOOMANYREQUESTS", message: "too many uploads at once: try again"}
 	errNameUnknown         = &apiError{status: 404, code: "NAME_UNKNOWN", message: "repository name not known to registry"}
 	errNotFound            = &apiError{status: 404, code: "NAME_UNKNOWN", message: "no such endpoint"}
 	errPageInvalid         = &apiError{status: 400, code: "PAGINATION_NUMBER_INVALID", message: "n must be a number that is not negative"}

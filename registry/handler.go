@@ -65,6 +65,14 @@ func (s *Server) handle(w *recorder, r *http.Request, rt route) error {
 		return err
 	}
 	s.hear(r, who)
+	if rt.end == endUploads || rt.end == endUpload && isWrite(r.Method) && r.Method != http.MethodDelete {
+		done, err := s.admit(r.Context())
+		if err != nil {
+			w.Header().Set("Retry-After", "5")
+			return err
+		}
+		defer done()
+	}
 	return s.dispatch(w, r, rt, repo, who)
 }
 
@@ -148,6 +156,15 @@ func (s *Server) account(w *recorder, r *http.Request, rt route, took time.Durat
 	}
 	if !s.log.Enabled(context.Background(), level) {
 		return
+	}
+	if w.status == http.StatusForbidden {
+		unsaid, ok := s.denials.say()
+		if !ok {
+			return
+		}
+		if unsaid > 0 {
+			s.log.Warn("requests were denied that the log does not show", "requests", unsaid)
+		}
 	}
 	s.log.Log(context.Background(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status,
 		"bytes", w.bytes, "took", took, "user", w.user, "client", r.RemoteAddr, "agent", r.UserAgent())

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/connected-registry/connected-registry/registry/auth"
@@ -44,6 +45,11 @@ type Config struct {
 	// tag or digest, and that are not here. It must not take long: the client
 	// waits for its 404. Nil: nobody is told.
 	Missing func(repository, reference string)
+	// MaxUploads is how many requests that bring blobs are served at once; more
+	// wait for a while and are then asked to come again. 0: 64.
+	MaxUploads int
+	// Traces takes a span for each request. Nil: nobody does.
+	Traces trace.TracerProvider
 	// DrainTime is how long Run lets requests in flight finish once it is told
 	// to end, before it closes their connections. 0: four seconds.
 	DrainTime time.Duration
@@ -74,6 +80,8 @@ type Server struct {
 	keys    *keyPair      // nil for plain HTTP
 
 	children children
+	uploads  chan struct{} // holds a value for each upload that is served
+	denials  *denials
 }
 
 // New validates the configuration, loads the key pair and registers the
@@ -95,6 +103,8 @@ func New(cfg Config) (*Server, error) {
 	if s.cfg.Rules == nil {
 		s.cfg.Rules = func() *Rules { return &Rules{} }
 	}
+	s.uploads = make(chan struct{}, cmp.Or(cfg.MaxUploads, maxUploads))
+	s.denials = newDenials()
 	s.cfg.DrainTime = cmp.Or(s.cfg.DrainTime, drainTime)
 	var err error
 	if cfg.CertFile != "" {
@@ -109,7 +119,12 @@ func New(cfg Config) (*Server, error) {
 }
 
 // Handler is the registry's API, without TLS.
-func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serveHTTP) }
+func (s *Server) Handler() http.Handler {
+	if s.cfg.Traces == nil {
+		return http.HandlerFunc(s.serveHTTP)
+	}
+	return traced(http.HandlerFunc(s.serveHTTP), s.cfg.Traces)
+}
 
 // Run serves on Config.Listener until ctx ends, then refuses new connections,
 // lets requests in flight finish for up to Config.DrainTime, and closes what is

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
@@ -76,7 +77,12 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		return err
 	}
 	defer store.Close()
-	server, err := f.server(ctx, settings, store, h, log)
+	traces, stopTraces, err := newTracing(ctx)
+	if err != nil {
+		return err
+	}
+	defer stopTraces()
+	server, err := f.server(ctx, settings, store, h, traces, log)
 	if err != nil {
 		return err
 	}
@@ -127,7 +133,7 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 	return g.Wait()
 }
 
-func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, log *slog.Logger) (*registry.Server, error) {
+func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, traces trace.TracerProvider, log *slog.Logger) (*registry.Server, error) {
 	authority, err := auth.New(auth.Config{
 		Dir:              f.replica,
 		Secret:           settings.Secret(),
@@ -146,6 +152,7 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 		Auth:      authority,
 		Missing:   syncer.NewOnDemand(store, settings.Spec, log).Missing,
 		DrainTime: f.drainTimeout,
+		Traces:    traces,
 		Logger:    log,
 		Metrics:   h.metrics,
 	}

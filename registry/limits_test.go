@@ -1,0 +1,110 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+
+	"github.com/connected-registry/connected-registry/storage"
+)
+
+// TestUploadsAreBounded sends one upload more than are served at once.
+func TestUploadsAreBounded(t *testing.T) {
+	store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	synctest.Test(t, func(t *testing.T) {
+		s, err := New(Config{Store: store, MaxUploads: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := func(body io.Reader) *httptest.ResponseRecorder {
+			w := httptest.NewRecorder()
+			s.Handler().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v2/app/blobs/uploads/?digest=sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", body))
+			return w
+		}
+		done, err := s.admit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := start(http.NoBody)
+		if w.Code != http.StatusTooManyRequests || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "TOOMANYREQUESTS") {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+		done()
+		if w := start(http.NoBody); w.Code != http.StatusCreated {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+	})
+}
+
+// TestDenialsAreBounded makes more requests that are denied than the log takes.
+func TestDenialsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		s, err := New(Config{Store: store, ReadOnly: func() bool { return true }, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 10 * denialBurst {
+			s.Handler().ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v2/app/manifests/v1", http.NoBody))
+		}
+		if n := strings.Count(log.String(), "\n"); n < denialBurst || n > 2*denialBurst {
+			t.Errorf("%d lines for %d denied requests", n, 10*denialBurst)
+		}
+	})
+}
+
+// TestTraces finds a request's span below the one that its client names.
+func TestTraces(t *testing.T) {
+	store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	spans := tracetest.NewSpanRecorder()
+	provider := trace.NewTracerProvider(trace.WithSpanProcessor(spans))
+	defer func() { _ = provider.Shutdown(context.WithoutCancel(t.Context())) }()
+	s, err := New(Config{Store: store, Traces: provider})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v2/team/app/manifests/v1", nil)
+	r.Header.Set("Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+	r.SetBasicAuth("ci", "hunter2")
+	s.Handler().ServeHTTP(httptest.NewRecorder(), r)
+	ended := spans.Ended()
+	if len(ended) != 1 {
+		t.Fatalf("%d spans", len(ended))
+	}
+	span := ended[0]
+	if span.Name() != "GET manifest" || span.SpanContext().TraceID().String() != "0af7651916cd43dd8448eb211c80319c" {
+		t.Errorf("%s %s", span.Name(), span.SpanContext().TraceID())
+	}
+	got := make(map[string]string)
+	for _, a := range span.Attributes() {
+		got[string(a.Key)] = a.Value.Emit()
+		if strings.Contains(a.Value.Emit(), "hunter2") {
+			t.Errorf("a password in %s", a.Key)
+		}
+	}
+	if got["oci.repository"] != "team/app" || got["oci.reference"] != "v1" || got["http.response.status_code"] != "404" {
+		t.Errorf("attributes %v", got)
+	}
+}
