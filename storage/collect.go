@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -121,7 +122,7 @@ func (c *collection) repository(ctx context.Context, r Repository) error {
 	if err != nil {
 		return err
 	}
-	links := append(have.revisions, have.layers...)
+	links := slices.Concat(have.revisions, have.layers)
 	keep, err := c.store.mark(ctx, have, c.cutoff)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -173,7 +174,7 @@ func (c *collection) delete(have contents, keep map[digest.Digest]bool) error {
 	type taking struct{ doomed, from string }
 	var taken []taking
 	manifests, layers := 0, 0
-	for i, l := range append(have.revisions, have.layers...) {
+	for i, l := range slices.Concat(have.revisions, have.layers) {
 		if keep[l.name] || l.condemned.IsZero() {
 			continue
 		}
@@ -269,7 +270,7 @@ func (c *collection) eachBlob(ctx context.Context, root string, visit func(d dig
 			}
 			return eachDir(filepath.Join(root, alg, prefix), func(hex string) error {
 				d := digest.Digest(alg + ":" + hex)
-				if d.Validate() != nil || !strings.HasPrefix(hex, prefix) || len(prefix) != 2 {
+				if !validDigest(d) || !strings.HasPrefix(hex, prefix) || len(prefix) != 2 {
 					return nil
 				}
 				return visit(d)

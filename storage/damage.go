@@ -81,7 +81,7 @@ func (s *Store) holders(ctx context.Context, list []Damage) error {
 			for _, links := range []string{"/_layers/", "/_manifests/revisions/"} {
 				_, _, err := statFile(s.path(linkPath(repositoriesRoot+name+links, d.Digest)))
 				if err == nil {
-					list[i].Repositories = append(d.Repositories, name)
+					list[i].Repositories = append(list[i].Repositories, name)
 					break
 				}
 			}

@@ -157,7 +157,7 @@ func isLink(driverPath string) (d digest.Digest, ok bool) {
 // this looks for the blob after it was linked, so that one of the two sees the
 // other.
 func (s *Store) require(d digest.Digest) (size int64, err error) {
-	if d.Validate() != nil {
+	if !validDigest(d) {
 		return 0, nil // damaged, and so as good as absent
 	}
 	_, size, err = statFile(s.path(blobPath(d)))

@@ -66,7 +66,7 @@ func (s *Store) links(dir string) ([]link, error) {
 		err := eachDir(root, func(alg string) error {
 			return eachDir(root+"/"+alg, func(hex string) error {
 				d := digest.Digest(alg + ":" + hex)
-				if d.Validate() != nil {
+				if !validDigest(d) {
 					return nil
 				}
 				l := link{name: d, dir: dir + "/" + alg + "/" + hex}
@@ -222,11 +222,10 @@ func (m *marker) read(ctx context.Context, d digest.Digest) error {
 	if err == nil {
 		m.refs[d], subject, err = references(content)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		m.unreadable[d] = err
-		return nil
-	}
-	if subject != "" {
+	case subject != "":
 		m.referrers[subject] = append(m.referrers[subject], d)
 	}
 	return nil

@@ -400,8 +400,8 @@ func readLinkFile(file string) (digest.Digest, error) {
 	if err != nil {
 		return "", &fs.PathError{Op: "open", Path: file, Err: err}
 	}
-	defer unix.Close(fd)
-	var buf [256]byte // the longest digest, sha512, has 135
+	defer func() { _ = unix.Close(fd) }() // it was only read
+	var buf [256]byte                     // the longest digest, sha512, has 135
 	n, err := retried(func() (int, error) { return unix.Read(fd, buf[:]) })
 	if err != nil {
 		return "", &fs.PathError{Op: "read", Path: file, Err: err}

@@ -71,10 +71,10 @@ func (s *Store) scrub(ctx context.Context, rate int64) (Scrubbed, error) {
 	if state.After != "" {
 		err = errors.Join(err, s.putState(file, state))
 	}
-	if ctx.Err() != nil {
-		return sum, nil // it goes on next time
+	if ctx.Err() == nil {
+		return sum, fmt.Errorf("scrubbing: %w", err)
 	}
-	return sum, fmt.Errorf("scrubbing: %w", err)
+	return sum, nil // its time is up; it goes on next time
 }
 
 // scrubBlob hashes one blob. What is corrupt is set aside.

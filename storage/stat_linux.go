@@ -27,7 +27,7 @@ func statID(path string) (modified time.Time, size int64, id fileID, err error) 
 		if err == nil {
 			return time.Unix(st.Mtim.Unix()), st.Size, fileID{st.Dev, st.Ino}, nil
 		}
-		if err != unix.EINTR { //nolint:errorlint // an errno as it comes
+		if err != unix.EINTR {
 			return time.Time{}, 0, fileID{}, &fs.PathError{Op: "stat", Path: path, Err: err}
 		}
 	}
