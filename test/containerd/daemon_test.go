@@ -247,7 +247,12 @@ func (d *daemon) connect(t *testing.T, socket string, stopped <-chan struct{}) {
 // pull has containerd pull ref and returns the image's identifier, which is
 // the digest of its configuration.
 func (d *daemon) pull(ctx context.Context, ref string) (string, error) {
-	resp, err := d.images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
+	return d.pullAs(ctx, ref, nil)
+}
+
+// pullAs is pull with a pull secret.
+func (d *daemon) pullAs(ctx context.Context, ref string, secret *cri.AuthConfig) (string, error) {
+	resp, err := d.images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}, Auth: secret})
 	if err != nil {
 		return "", err
 	}

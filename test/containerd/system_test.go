@@ -18,6 +18,12 @@ import (
 // repository is the one that every test keeps.
 const repository = "team/app"
 
+// privateUser is who may read from a private system.
+const (
+	privateUser     = "reader"
+	privatePassword = "correct horse battery staple"
+)
+
 // system is the product on one machine: the central registry with the content
 // of a parent, the node cache, and a node's file system configured for both.
 type system struct {
@@ -36,6 +42,8 @@ type systemConfig struct {
 	Listen string
 	// WithoutCache leaves the node without a cache.
 	WithoutCache bool
+	// Private lets nobody read but the client privateUser.
+	Private bool
 	// Mirror is what the operator says about the mirror of the parent, as
 	// fields of a YAML flow mapping. Empty: nothing.
 	Mirror string
@@ -78,7 +86,7 @@ func startSystem(t *testing.T, parent *parent, config systemConfig) *system {
 
 func (s *system) open(t *testing.T, config systemConfig) {
 	t.Helper()
-	resource, err := v1alpha1.Load("test", s.resource(t, config.Mirror))
+	resource, err := v1alpha1.Load("test", s.resource(t, config))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,8 +109,14 @@ func (s *system) open(t *testing.T, config systemConfig) {
 
 // resource is what an operator writes, with the parent's certificate, if it
 // has one, in a Secret beside it. Synchronisation happens when the test says.
-func (s *system) resource(t *testing.T, mirror string) []byte {
+func (s *system) resource(t *testing.T, config systemConfig) []byte {
 	t.Helper()
+	mirror, access := config.Mirror, "anonymousPull: true"
+	if config.Private {
+		access = fmt.Sprintf("clientTokens: [{name: %[1]s, secretRef: {name: %[1]s}, scopeMap: [{repositories: [%[2]s], actions: [content/read, metadata/read]}]}]",
+			privateUser, repository)
+		s.writeSecret(t, privateUser, "password1", []byte(privatePassword))
+	}
 	var mirrors string
 	if mirror != "" {
 		mirrors = fmt.Sprintf("mirrors: [{registry: %q, %s}]", s.parent.host, mirror)
@@ -110,13 +124,7 @@ func (s *system) resource(t *testing.T, mirror string) []byte {
 	security := "insecure: true"
 	if certificate := s.parent.certificate(); certificate != nil {
 		security = "caSecretRef: {name: parent-ca}"
-		secret := filepath.Join(s.data, "secrets", "parent-ca")
-		if err := os.MkdirAll(secret, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(secret, "ca.crt"), certificate, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		s.writeSecret(t, "parent-ca", "ca.crt", certificate)
 	}
 	return fmt.Appendf(nil, `
 apiVersion: connectedregistry.io/v1alpha1
@@ -129,11 +137,22 @@ spec:
     %s
   repositories:
     - name: %s
-  anonymousPull: true
+  %s
   sync:
     schedule: "0 0 1 1 *"
   %s
-`, s.parent.host, security, repository, mirrors)
+`, s.parent.host, security, repository, access, mirrors)
+}
+
+func (s *system) writeSecret(t *testing.T, name, key string, value []byte) {
+	t.Helper()
+	dir := filepath.Join(s.data, "secrets", name)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, key), value, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // part is a running piece of the product.
