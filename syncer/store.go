@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"strings"
 	"syscall"
@@ -80,12 +81,22 @@ func inDirectory(err error) string {
 
 // hasBlob reports whether a repository has a blob, whole.
 func (s *store) hasBlob(ctx context.Context, repository string, desc v1.Descriptor) (bool, error) {
-	repo, err := s.repository(ctx, repository)
+	repo, err := s.content.Repository(repository)
 	if err != nil {
 		return false, err
 	}
-	stat, err := repo.Blobs(ctx).Stat(ctx, desc.Digest)
-	return present(stat, err, desc)
+	f, fi, err := repo.OpenLayer(ctx, desc.Digest)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("looking for %s: %w", desc.Digest, err)
+	}
+	f.Close()
+	if fi.Size() != desc.Size {
+		return false, errSize{desc.Digest, desc.Size, fi.Size()}
+	}
+	return true, nil
 }
 
 func present(stat v1.Descriptor, err error, desc v1.Descriptor) (bool, error) {
@@ -149,30 +160,34 @@ func (o linkOption) Apply(v any) error {
 	return nil
 }
 
+// maxStored bounds a manifest that is read from the storage. Larger ones are not
+// stored.
+const maxStored = 4 << 20
+
 // manifest reads a manifest that a repository has. ok is false when it has not.
 func (s *store) manifest(ctx context.Context, repository string, d digest.Digest) (m manifest, ok bool, err error) {
-	repo, err := s.repository(ctx, repository)
+	repo, err := s.content.Repository(repository)
 	if err != nil {
 		return manifest{}, false, err
 	}
-	manifests, err := repo.Manifests(ctx)
-	if err != nil {
-		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
-	}
-	stored, err := manifests.Get(ctx, d)
-	if _, unknown := errors.AsType[distribution.ErrManifestUnknownRevision](err); unknown {
+	f, fi, err := repo.OpenManifest(ctx, d)
+	if errors.Is(err, fs.ErrNotExist) {
 		return manifest{}, false, nil
 	}
 	if err != nil {
 		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
 	}
-	mediaType, body, err := stored.Payload()
-	if err != nil {
+	defer f.Close()
+	if fi.Size() > maxStored {
+		return manifest{}, false, nil
+	}
+	body := make([]byte, fi.Size())
+	if _, err := io.ReadFull(f, body); err != nil {
 		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
 	}
 	// What does not parse was stored by someone who is less strict: the parent is
 	// asked again, and what is wrong with its answer is what a person gets to see.
-	m, err = parseManifest(mediaType, body)
+	m, err = parseManifest("", body)
 	return m, err == nil, nil
 }
 
@@ -204,19 +219,16 @@ func (s *store) putManifest(ctx context.Context, repository string, m manifest) 
 }
 
 // tag is what a tag stands for here, "" when there is no such tag.
-func (s *store) tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
-	repo, err := s.repository(ctx, repository)
+func (s *store) tag(_ context.Context, repository, tag string) (digest.Digest, error) {
+	repo, err := s.content.Repository(repository)
 	if err != nil {
 		return "", err
 	}
-	desc, err := repo.Tags(ctx).Get(ctx, tag)
-	if _, unknown := errors.AsType[distribution.ErrTagUnknown](err); unknown {
-		return "", nil
-	}
-	if err != nil {
+	d, err := repo.Tag(tag)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("reading tag %s:%s: %w", repository, tag, err)
 	}
-	return desc.Digest, nil
+	return d, nil
 }
 
 func (s *store) setTag(ctx context.Context, repository, tag string, d digest.Digest) error {
