@@ -49,6 +49,10 @@ type Config struct {
 	// empty: there is none.
 	Cache    Cache
 	CacheURL string
+	// RemoveStartupTaint takes StartupTaint from the node once that is
+	// configured, which needs get and patch on it. False: nothing of the node's
+	// object is touched.
+	RemoveStartupTaint bool
 	// SecretGrace is how long the certificates of a deleted Secret stay trusted.
 	// 0: 10 minutes.
 	SecretGrace time.Duration
@@ -88,6 +92,8 @@ type Daemon struct {
 	metrics  *metrics
 	health   health
 	runtime  *runtimeWatch
+	// configured is closed once the node can be counted on.
+	configured chan struct{}
 
 	// What follows belongs to the goroutine of loop.
 	keep     *keep
@@ -125,7 +131,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Logger, in: newInputs(), sources: make(map[string]*source), faults: make(map[string]fault)}
+	d := &Daemon{cfg: cfg, log: cfg.Logger, in: newInputs(), sources: make(map[string]*source), faults: make(map[string]fault), configured: make(chan struct{})}
 	var err error
 	if d.client, err = newClient(cfg.API, cfg.Namespace); err != nil {
 		return nil, err
@@ -168,6 +174,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	run(d.recorder.run)
 	run(d.prober.run)
 	run(d.runtime.run)
+	run(d.untaint)
 	run(d.loop)
 	return g.Wait()
 }

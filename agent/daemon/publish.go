@@ -61,7 +61,11 @@ func (d *Daemon) publish(n news) {
 	d.acknowledge()
 	d.metrics.faultsAre(faults)
 	d.metrics.nodeIs(d.report, d.acked)
-	d.health.stepped(d.notReady())
+	missing := d.notReady()
+	d.health.stepped(missing)
+	if missing == "" {
+		d.isConfigured()
+	}
 	d.lease.set(d.annotations())
 }
 

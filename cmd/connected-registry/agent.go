@@ -54,6 +54,7 @@ type agentFlags struct {
 	config, namespace, node, pod string
 	nodeRoot, certsDir           string
 	checkImage                   string
+	startupTaint                 bool
 	data, containerd             string
 	cacheListen, healthListen    string
 	secretGrace                  time.Duration
@@ -69,6 +70,7 @@ func (f *agentFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.pod, "pod", "", "the agent's own pod (default $POD_NAME, or the host name)")
 	flags.StringVar(&f.nodeRoot, "node-root", "/", "directory in which the node's file system is found")
 	flags.StringVar(&f.certsDir, "certs-dir", "", "containerd's hosts directory on the node (default the one that is found to be read)")
+	flags.BoolVar(&f.startupTaint, "remove-startup-taint", false, "take the taint "+daemon.StartupTaint+" from the node once it is configured")
 	flags.StringVar(&f.checkImage, "check-image", "", "image that is pulled before and after the runtime's configuration is changed")
 	flags.StringVar(&f.data, "data", "", "directory of the cache (default NODE-ROOT/var/lib/connected-registry/cache)")
 	flags.StringVar(&f.containerd, "containerd", "", "containerd's socket, for the cache to read what containerd has already (default: the usual ones inside NODE-ROOT)")
@@ -136,11 +138,14 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	metrics.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	config := daemon.Config{
 		File: f.config, API: api, NodeRoot: f.nodeRoot, CertsDir: f.certsDir,
-		Runtime:     nodeRuntime{nodeRoot: f.nodeRoot, certsDir: f.certsDir, checkImage: f.checkImage, log: log},
-		Namespace:   cmp.Or(f.namespace, os.Getenv("POD_NAMESPACE")),
-		Node:        cmp.Or(f.node, os.Getenv("NODE_NAME")),
-		Pod:         cmp.Or(f.pod, os.Getenv("POD_NAME"), host),
-		CacheURL:    f.cacheURL(),
+		Runtime:   nodeRuntime{nodeRoot: f.nodeRoot, certsDir: f.certsDir, checkImage: f.checkImage, log: log},
+		Namespace: cmp.Or(f.namespace, os.Getenv("POD_NAMESPACE")),
+		Node:      cmp.Or(f.node, os.Getenv("NODE_NAME")),
+		Pod:       cmp.Or(f.pod, os.Getenv("POD_NAME"), host),
+		CacheURL:  f.cacheURL(),
+
+		RemoveStartupTaint: f.startupTaint,
+
 		SecretGrace: f.secretGrace,
 		Version:     version,
 		Level:       level,
