@@ -29,9 +29,6 @@ type Status struct {
 	LastActivityTime *metav1.Time `json:"lastActivityTime,omitempty"`
 	// LastResync is the value of AnnotationResync that was last carried out.
 	LastResync string `json:"lastResync,omitempty"`
-	// Push says how far the parent is behind what clients change here. Absent:
-	// they changed nothing since the program started.
-	Push *PushStatus `json:"push,omitempty"`
 	// StatusDetails are the problems there are, each once.
 	StatusDetails []StatusDetail `json:"statusDetails,omitempty"`
 	// Conditions say what can be relied on.
@@ -182,20 +179,6 @@ type ContentStatus struct {
 	TagsWanted  int   `json:"tagsWanted"`
 	TagsPresent int   `json:"tagsPresent"`
 	BytesLeft   int64 `json:"bytesLeft"`
-}
-
-// PushStatus says how far the parent is behind what clients change here.
-type PushStatus struct {
-	// Waiting is how many changes are to be brought there.
-	Waiting int `json:"waiting"`
-	// Oldest is when the first of those was made.
-	Oldest *metav1.Time `json:"oldest,omitempty"`
-	// Brought, Dropped and Conflicts count changes since the program started:
-	// those that the parent has taken, those that it has not within the message
-	// TTL, and those that contradicted one there, which stays.
-	Brought   int `json:"brought,omitempty"`
-	Dropped   int `json:"dropped,omitempty"`
-	Conflicts int `json:"conflicts,omitempty"`
 }
 
 // ConnectionState is the state of the connection to the parent.

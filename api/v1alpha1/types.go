@@ -39,6 +39,10 @@ type ConnectedRegistry struct {
 }
 
 // Spec is what the operator asks for.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.repositories) || size(self.repositories) == 0 || has(self.parent)",message="name the registry that the repositories come from in parent"
+// +kubebuilder:validation:XValidation:rule="!has(self.sync) || !has(self.sync.deletePropagation) || !self.sync.deletePropagation || !has(self.mode) || self.mode != 'ReadWrite'",message="sync.deletePropagation cannot stand beside mode ReadWrite, where it would remove what clients push"
+// +kubebuilder:validation:XValidation:rule="!has(self.tls) || !has(self.tls.disabled) || !self.tls.disabled || has(self.trustDistribution) && has(self.trustDistribution.disabled) && self.trustDistribution.disabled",message="tls.disabled leaves nothing to trust: set trustDistribution.disabled as well"
 type Spec struct {
 	// Mode says whether clients may push. Default ReadOnly.
 	Mode Mode `json:"mode,omitempty"`
@@ -52,14 +56,22 @@ type Spec struct {
 	Repositories []Repository `json:"repositories,omitempty"`
 	// Upstreams are further registries whose content is kept here, beside the
 	// parent's.
+	//
+	// +kubebuilder:validation:MaxItems=64
 	Upstreams []Upstream `json:"upstreams,omitempty"`
 	// Sync says when and how the content is brought here.
 	Sync Sync `json:"sync,omitempty"`
 	// AnonymousPull lets clients read without credentials.
 	AnonymousPull bool `json:"anonymousPull,omitempty"`
 	// ClientTokens are the credentials of this registry's clients.
+	//
+	// +listType=map
+	// +listMapKey=name
 	ClientTokens []ClientToken `json:"clientTokens,omitempty"`
 	// Mirrors are the registries whose pulls nodes bring here first.
+	//
+	// +listType=map
+	// +listMapKey=registry
 	Mirrors []Mirror `json:"mirrors,omitempty"`
 	// NodeCache bounds the cache on each node.
 	NodeCache NodeCache `json:"nodeCache,omitempty"`
@@ -84,6 +96,8 @@ type Spec struct {
 }
 
 // Mode says whether clients may push.
+//
+// +kubebuilder:validation:Enum=ReadOnly;ReadWrite
 type Mode string
 
 const (
@@ -94,6 +108,8 @@ const (
 )
 
 // LogLevel is the least severe level that is logged, in Azure's words.
+//
+// +kubebuilder:validation:Enum=Debug;Information;Warning;Error;None
 type LogLevel string
 
 // The levels, from the most to the least talkative.
@@ -108,6 +124,10 @@ const (
 // Parent is the registry that the content comes from. At most one of
 // CredentialsSecretRef, ConnectionStringSecretRef and AzureIdentity is set; with
 // none of them the parent is read anonymously.
+//
+// +kubebuilder:validation:XValidation:rule="has(self.connectionStringSecretRef) != (has(self.endpoint) && size(self.endpoint) > 0)",message="name the parent in endpoint, or in the connection string of connectionStringSecretRef, and not in both"
+// +kubebuilder:validation:XValidation:rule="!(has(self.connectionStringSecretRef) && has(self.credentialsSecretRef)) && !(has(self.azureIdentity) && (has(self.connectionStringSecretRef) || has(self.credentialsSecretRef)))",message="credentialsSecretRef, connectionStringSecretRef and azureIdentity exclude one another"
+// +kubebuilder:validation:XValidation:rule="!has(self.connectionStringSecretRef) || !has(self.insecure) || !self.insecure",message="insecure is in the connection string already, as ParentEndpointProtocol"
 type Parent struct {
 	// Endpoint is the parent's host, with a port unless it is the scheme's own;
 	// "https://" or "http://" may stand in front. Required, unless a connection
@@ -200,6 +220,8 @@ type Tags struct {
 	// them, without a wildcard; such tags are kept beside the newest. When an
 	// image was made plays no part: asking for that would take several requests
 	// for each tag that is not even wanted. 0: all of them.
+	//
+	// +kubebuilder:validation:Minimum=0
 	Newest int `json:"newest,omitempty"`
 }
 
@@ -213,15 +235,23 @@ type Sync struct {
 	Window string `json:"window,omitempty"`
 	// Concurrency is how many blobs are fetched at once, from 1 to 64.
 	// Default 6.
+	//
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=64
 	Concurrency int `json:"concurrency,omitempty"`
 	// ChunkSizeInMb is how much of a blob one request asks for, in MiB, from 1
 	// to 1024. What is verified so far is never fetched again. Default 16.
+	//
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=1024
 	ChunkSizeInMb int `json:"chunkSizeInMb,omitempty"`
 	// MaxBandwidth is the most that all transfers together take from the
 	// parents, in bytes per second, for example "2Mi". Empty: no limit.
 	MaxBandwidth *resource.Quantity `json:"maxBandwidth,omitempty"`
 	// MaxRequestsPerHour is how many requests a parent is asked at most in any
 	// hour; what does not fit waits. 0: no limit but the parent's own.
+	//
+	// +kubebuilder:validation:Minimum=0
 	MaxRequestsPerHour int `json:"maxRequestsPerHour,omitempty"`
 	// MessageTTL is how long what clients pushed or deleted here is kept for
 	// the parent, as an ISO 8601 duration between P1D and P90D. Default P2D.
@@ -241,6 +271,9 @@ type Sync struct {
 	// MaxRemovals is how much of a repository's tags DeletePropagation removes
 	// at once, in percent, from 1 to 100. More are held, and stand in the
 	// status, until a resync by hand. Default 50.
+	//
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=100
 	MaxRemovals int `json:"maxRemovals,omitempty"`
 }
 
@@ -264,6 +297,8 @@ type Scope struct {
 }
 
 // Action is one of Azure's scope-map actions.
+//
+// +kubebuilder:validation:Enum=content/read;content/write;content/delete;metadata/read;metadata/write
 type Action string
 
 // The actions.
@@ -305,6 +340,8 @@ type Prefetch struct {
 }
 
 // TLS says where the registry's certificate comes from.
+//
+// +kubebuilder:validation:XValidation:rule="(has(self.source) && self.source == 'Secret') == (has(self.secretName) && size(self.secretName) > 0)",message="secretName belongs to source Secret, and is required there"
 type TLS struct {
 	// Source is who makes it. Default BuiltIn.
 	Source TLSSource `json:"source,omitempty"`
@@ -317,6 +354,8 @@ type TLS struct {
 }
 
 // TLSSource is who makes the registry's certificate.
+//
+// +kubebuilder:validation:Enum=BuiltIn;CertManager;Secret
 type TLSSource string
 
 // The sources.
@@ -335,6 +374,9 @@ type TrustDistribution struct {
 	Disabled bool `json:"disabled,omitempty"`
 	// CASecrets are Secrets with certificates that nodes trust for the hosts
 	// named, besides this registry's own.
+	//
+	// +listType=map
+	// +listMapKey=name
 	CASecrets []CASecret `json:"caSecrets,omitempty"`
 	// SystemTrust also puts the certificates into the trust store of the node's
 	// operating system, for its other programs. Default true.
