@@ -48,8 +48,9 @@ type Collected struct {
 // The grace time is longer than that, and so covers it.
 type collection struct {
 	store   *Store
-	cutoff  time.Time // what was used after is kept
-	settled time.Time // what was condemned before may be deleted
+	cutoff  time.Time                  // what was used after is kept
+	settled time.Time                  // what was condemned before may be deleted
+	queued  map[string][]digest.Digest // in the journal, by repository
 	linked  map[digest.Digest]bool
 	Collected
 }
@@ -94,8 +95,18 @@ func (s *Store) pass(ctx context.Context, minAge, grace time.Duration) (Collecte
 		store:     s,
 		cutoff:    now.Add(-minAge - s.renewAfter),
 		settled:   now.Add(-grace),
+		queued:    make(map[string][]digest.Digest),
 		linked:    make(map[digest.Digest]bool),
 		Collected: Collected{Skipped: make(map[string]string)},
+	}
+	queue, err := s.journal.Entries(ctx, 0)
+	if err != nil {
+		return c.Collected, fmt.Errorf("collecting garbage: %w", err)
+	}
+	for _, e := range queue {
+		if e.Action == ActionPush {
+			c.queued[e.Repository] = append(c.queued[e.Repository], e.Digest)
+		}
 	}
 	names, err := s.allRepositories()
 	if err != nil {
@@ -122,6 +133,7 @@ func (c *collection) repository(ctx context.Context, r Repository) error {
 	if err != nil {
 		return err
 	}
+	have.queued = c.queued[r.name]
 	links := slices.Concat(have.revisions, have.layers)
 	keep, err := c.store.mark(ctx, have, c.cutoff)
 	if ctx.Err() != nil {

@@ -342,6 +342,33 @@ func TestBlobComesBackFromLimbo(t *testing.T) {
 	}
 }
 
+// What was pushed stays until the parent has it, however long that takes.
+func TestCollectKeepsWhatTheParentLacks(t *testing.T) {
+	s := collector(t, t.TempDir())
+	a := repository(t, s, "a")
+	layer := mustUpload(t, s, "a", []byte("layer"))
+	content := manifestOf("", []digest.Digest{layer}, nil, "")
+	d := digest.FromBytes(content)
+	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a", Digest: d}, func() error {
+		return a.PutManifest(t.Context(), d, content)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	age(t, s)
+	collectAll(t, s)
+	if blobs, _ := stored(t, s); !blobs[d] || !blobs[layer] {
+		t.Fatalf("stored: %v", blobs)
+	}
+	if err := s.Journal().Done(entries(t, s, 0)[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	collectAll(t, s)
+	if blobs, _ := stored(t, s); len(blobs) != 0 {
+		t.Errorf("stored: %v", blobs)
+	}
+}
+
 // What cannot be read may refer to anything.
 func TestDamageStopsCollection(t *testing.T) {
 	s := collector(t, t.TempDir())

@@ -22,13 +22,14 @@
 //
 // [Store.Maintain] frees the space of what nothing refers to while replicas and
 // the syncer go on, in whatever process and on whatever machine, without a lock.
-// A repository keeps what tags name and what has been used lately, whatever these
-// refer to, and whatever refers to these as its subject; the store keeps the
-// blobs that a repository links to. A link is used when it is read or made, and
-// its modification time remembers when, to the hour; so a manifest that is pulled
-// by digest stays, and one that a tag has left stays for the reserve age. What is
-// to go first goes to limbo, a second tree beside the first, from where any use
-// brings it back, and is deleted when nobody has asked for it for the grace time.
+// A repository keeps what tags name, what the parent is still to be sent and what
+// has been used lately, whatever these refer to, and whatever refers to these as
+// its subject; the store keeps the blobs that a repository links to. A link is
+// used when it is read or made, and its modification time remembers when, to the
+// hour; so a manifest that is pulled by digest stays, and one that a tag has left
+// stays for the reserve age. What is to go first goes to limbo, a second tree
+// beside the first, from where any use brings it back, and is deleted when nobody
+// has asked for it for the grace time.
 //
 // Beside the tree docker/registry/v2 the directory holds, each made when absent:
 // limbo; trash, what is being deleted; quarantine, corrupt files, with damaged

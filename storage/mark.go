@@ -28,6 +28,7 @@ type link struct {
 type contents struct {
 	repo      Repository
 	tags      map[string]digest.Digest
+	queued    []digest.Digest // manifests that the parent is still to be sent
 	revisions []link
 	layers    []link
 }
@@ -147,8 +148,8 @@ func references(content []byte) (refs []digest.Digest, subject digest.Digest, er
 	return refs, subject, nil
 }
 
-// mark returns what of a repository is to be kept: what tags name and what has
-// been used since cutoff, all that this refers to, and all that refers to it as
+// mark returns what of a repository is to be kept: what tags name, what the parent
+// is still to be sent, and what has been used since cutoff, all that this refers to, and all that refers to it as
 // its subject, again and again. The error says which manifest kept it from
 // knowing; nothing of the repository may be collected then.
 func (s *Store) mark(ctx context.Context, c contents, cutoff time.Time) (map[digest.Digest]bool, error) {
@@ -181,6 +182,9 @@ func (s *Store) mark(ctx context.Context, c contents, cutoff time.Time) (map[dig
 		delete(m.unreadable, d)
 	}
 	for _, d := range c.tags {
+		m.keep(d)
+	}
+	for _, d := range c.queued {
 		m.keep(d)
 	}
 	for _, l := range c.revisions {

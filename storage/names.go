@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// Repositories yields the names of the repositories that hold or have held a
-// manifest, sorted by component, beginning after last. It reads directories as
+// Repositories yields the names of the repositories that hold a manifest, or have
+// held one since garbage was last collected, sorted by component, beginning after last. It reads directories as
 // it goes; the first error ends it.
 func (s *Store) Repositories(last string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {

@@ -370,6 +370,7 @@ func (p *Partial) Commit(ctx context.Context) error {
 	if err := syncDir(filepath.Dir(path)); err != nil {
 		return err
 	}
+	p.store.usage.add("", p.size)
 	os.Remove(p.state.Name()) // without its data it says nothing
 	return p.Close()
 }
