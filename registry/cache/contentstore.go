@@ -57,7 +57,7 @@ func openContentStore(socket string, retry time.Duration) (*contentStore, error)
 
 func (s *contentStore) close() {
 	if s != nil {
-		s.conn.Close()
+		_ = s.conn.Close()
 	}
 }
 

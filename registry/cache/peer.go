@@ -212,7 +212,7 @@ func (p *peers) askPeer(ctx context.Context, name string, q question, budget tim
 	ans, err = p.ask.askOne(ctx, up, q, budget)
 	var no *refusal
 	if errors.As(err, &no) {
-		return nil, no.referral, nil
+		return nil, no.referral, nil //nolint:nilerr // it is there, and says who has the blob
 	}
 	return ans, "", err
 }

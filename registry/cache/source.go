@@ -70,11 +70,11 @@ func (s *source) connectPeer(ctx context.Context, q question) (done bool, err er
 	if ans == nil {
 		return false, nil
 	}
-	if s.take(ans) != nil {
+	done = s.take(ans) == nil
+	if !done {
 		ans.close()
-		return false, nil
 	}
-	return true, nil
+	return done, nil
 }
 
 // take makes ans the source of the next bytes, if it begins or can be made to
