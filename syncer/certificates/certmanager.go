@@ -52,10 +52,7 @@ func (r *run) certManager(s secrets, o observed) offer {
 		return offer{prepare: r.applyCertManager(objects)}
 	}
 	if s.root == nil || !certManagerMade(s.root) {
-		if f := r.memory.applyFault; f != nil {
-			return offer{fault: f}
-		}
-		return offer{fault: &fault{reason: "WaitingForCertManager", message: "waiting for cert-manager to issue the CA: see certificate " + rootCertificate, retry: nodePoll}}
+		return r.awaitRoot(s)
 	}
 	roots, _, err := trust.ParseBundle(s.root.Data[corev1.TLSCertKey], o.now)
 	if err != nil {
@@ -84,6 +81,20 @@ func (r *run) certManager(s secrets, o observed) offer {
 		}}
 	}
 	return offered
+}
+
+// awaitRoot waits for cert-manager's CA. A CA of ours in its place is taken away
+// first: cert-manager would keep it as if it were its own.
+func (r *run) awaitRoot(s secrets) offer {
+	switch {
+	case r.memory.applyFault != nil:
+		return offer{fault: r.memory.applyFault}
+	case s.root == nil:
+		return offer{fault: &fault{reason: "WaitingForCertManager", message: "waiting for cert-manager to issue the CA: see certificate " + rootCertificate, retry: nodePoll}}
+	case s.root.Labels[labelManagedBy] != managedBy:
+		return offer{fault: &fault{reason: "RootForeign", message: "secret " + RootSecret + " was made by neither the syncer nor cert-manager: rename it, or delete it"}}
+	}
+	return offer{prepare: &write{what: "leaving the CA to cert-manager", do: func(ctx context.Context) error { return r.remove(ctx, s.root) }}}
 }
 
 // applyCertManager applies the objects, server-side. Where cert-manager is not

@@ -74,7 +74,7 @@ func (r *run) probeOne(ctx context.Context, address string, o observed) error {
 	}
 	// What is served is judged below, against the CAs to come and not by name.
 	conn := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, ServerName: r.service.Name}) //nolint:gosec // see above
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("handshake: %w", err)
 	}

@@ -111,7 +111,10 @@ func with(have, more map[string]string) map[string]string {
 
 // publish makes connected-registry-ca hold bundle; an empty one needs no Secret.
 func (r *run) publish(ctx context.Context, have *corev1.Secret, bundle trust.Bundle) error {
-	if bundle.Empty() {
+	switch {
+	case bundle.Empty() && have == nil:
+		return nil
+	case bundle.Empty():
 		return r.remove(ctx, have)
 	}
 	return r.put(ctx, have, CASecret, corev1.SecretTypeOpaque, map[string][]byte{v1alpha1.SecretKeyCA: bundle.PEM()}, nil)
@@ -127,9 +130,10 @@ func (r *run) give(ctx context.Context, have *corev1.Secret, p *pair, roots trus
 }
 
 // published reads connected-registry-ca. What cannot be read is untidy, and so
-// is anything beside the certificates.
+// is anything beside the certificates. One without data may be there for its
+// annotations.
 func published(secret *corev1.Secret, now time.Time) (b trust.Bundle, untidy bool) {
-	if secret == nil {
+	if secret == nil || len(secret.Data) == 0 {
 		return trust.Bundle{}, false
 	}
 	b, _, err := trust.ParseBundle(secret.Data[v1alpha1.SecretKeyCA], now)

@@ -114,7 +114,7 @@ func newWorld(t testing.TB, nodes, replicas int) *world {
 	w := &world{
 		t: t, now: testStart, nodes: map[string]*testNode{},
 		// The newer one tracks the fields of every writer, at ten times the cost.
-		client:  fake.NewSimpleClientset(), //nolint:staticcheck // see above
+		client:  fake.NewSimpleClientset(),
 		dynamic: dynamicfake.NewSimpleDynamicClient(runtime.NewScheme()),
 		cr: &v1alpha1.ConnectedRegistry{
 			ObjectMeta: metav1.ObjectMeta{Name: "connected-registry", Namespace: testNamespace, UID: "1", Annotations: map[string]string{}},
