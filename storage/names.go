@@ -10,8 +10,8 @@ import (
 )
 
 // Repositories yields the names of the repositories that hold a manifest, or have
-// held one since garbage was last collected, sorted by component, beginning after last. It reads directories as
-// it goes; the first error ends it.
+// held one since garbage was last collected, sorted by component, beginning after
+// last. It reads directories as it goes; the first error ends it.
 func (s *Store) Repositories(last string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		s.walkRepositories("", last, yield)
