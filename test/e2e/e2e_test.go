@@ -22,6 +22,9 @@ const (
 	readerName     = "reader"
 	readerPassword = "a reader's password"
 	reader         = readerName + ":" + readerPassword
+	// images is how many images the parent has that no node has: more than all
+	// tests together take.
+	images = 500
 )
 
 // world is the cluster that all tests share, and what surrounds it.
@@ -52,7 +55,7 @@ func TestEndToEnd(t *testing.T) {
 	}
 	w := &world{Product: product, c: c, parent: newParent(t, c), host: c.ServiceAddr(50).String()}
 	w.parent.push(t, "latest")
-	w.parent.fill(t, 60)
+	w.parent.fill(t, images)
 	w.prepare(t)
 
 	t.Run("plain manifests", w.testManifests)
@@ -92,6 +95,11 @@ stringData: {ca.crt: %q}
 	for _, n := range w.c.Nodes() {
 		writeNode(t, n, "etc/containerd/certs.d/docker.io", "hosts.toml", "# the operator's\nserver = \"https://registry-1.docker.io\"\n\n[host.\"https://mirror.example.net\"]\n")
 		writeNode(t, n, "etc/containerd/certs.d/"+parentHost, "hosts.toml", "# the operator's\nserver = \"https://"+parentHost+"\"\n")
+		// What was put into the store by other means becomes as the store's own
+		// program leaves it.
+		if _, err := n.Run(t.Context(), "update-ca-certificates", "--fresh"); err != nil {
+			t.Fatal(err)
+		}
 		w.before[n.Name()] = snapshot(t, n)
 	}
 }

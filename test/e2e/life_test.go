@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -49,12 +50,36 @@ func (w *world) oneEach(t *testing.T, host, secret string) {
 func (w *world) fetch(t *testing.T) {
 	t.Helper()
 	for _, n := range w.c.Nodes() {
-		if err := pull(t.Context(), n, w.host+"/hello-world:"+w.parent.take(), reader); err != nil {
-			t.Errorf("%s by the registry's address: %v", n.Name(), err)
+		for ref, credentials := range w.refs() {
+			if err := pull(t.Context(), n, ref, credentials); err != nil {
+				t.Errorf("%s: %v", n.Name(), err)
+			}
 		}
-		if err := pull(t.Context(), n, parentHost+"/hello-world:"+w.parent.take(), ""); err != nil {
-			t.Errorf("%s by the parent's name: %v", n.Name(), err)
+	}
+}
+
+// fetchSoon is fetch for when the cluster has yet to notice something: a pull
+// that fails is repeated, as a kubelet does.
+func (w *world) fetchSoon(t *testing.T) {
+	t.Helper()
+	for _, n := range w.c.Nodes() {
+		for ref, credentials := range w.refs() {
+			eventually(t, func() error {
+				err := pull(t.Context(), n, ref, credentials)
+				if err != nil {
+					t.Logf("%s, to be repeated: %v", n.Name(), err)
+				}
+				return err
+			})
 		}
+	}
+}
+
+// refs are an image by each name of the registry, with the credentials for it.
+func (w *world) refs() map[string]string {
+	return map[string]string{
+		w.host + "/hello-world:" + w.parent.take():     reader,
+		parentHost + "/hello-world:" + w.parent.take(): "",
 	}
 }
 
@@ -70,8 +95,13 @@ func (w *world) testParentStopped(t *testing.T) {
 func (w *world) testReplicaKilled(t *testing.T) {
 	w.parent.stop()
 	defer w.parent.start(t)
-	w.kill(t, w.c.Nodes()[0], "registry")
-	w.fetch(t)
+	killed := kubectl(t, w.c, "get", "pods", "-n", Namespace, "-l", "app.kubernetes.io/name=connected-registry", "-o", "jsonpath={.items[0].spec.nodeName}")
+	for _, n := range w.c.Nodes() {
+		if n.Name() == killed {
+			w.kill(t, n, "registry")
+		}
+	}
+	w.fetchSoon(t)
 	w.oneEach(t, w.host, "regcred")
 	w.settled(t, "deployment/connected-registry")
 }
@@ -119,10 +149,10 @@ func (w *world) testAPIStopped(t *testing.T) {
 	w.settled(t, "daemonset/connected-registry-agent")
 }
 
-// kill kills the processes of a subcommand on a node.
+// kill kills one process of a subcommand on a node.
 func (w *world) kill(t *testing.T, n *cluster.Node, subcommand string) {
 	t.Helper()
-	if out, err := n.Run(t.Context(), "pkill", "-KILL", "-f", "^/connected-registry "+subcommand+" "); err != nil {
+	if out, err := n.Run(t.Context(), "pkill", "-KILL", "--oldest", "-f", "^/connected-registry "+subcommand+" "); err != nil {
 		t.Fatalf("killing %s on %s: %v\n%s", subcommand, n.Name(), err, out)
 	}
 }
@@ -140,50 +170,49 @@ func (w *world) testUpgrade(t *testing.T) {
 	var group sync.WaitGroup
 	counts := make([]int, len(w.c.Nodes()))
 	for i, n := range w.c.Nodes() {
-		group.Go(func() {
-			for ctx.Err() == nil {
-				for _, ref := range []string{w.host + "/hello-world:latest", parentHost + "/hello-world:latest"} {
-					credentials := ""
-					if strings.HasPrefix(ref, w.host) {
-						credentials = reader
-					}
-					if err := pullFresh(ctx, n, ref, credentials); err != nil && ctx.Err() == nil {
-						t.Errorf("%s, pull %d of %s: %v", n.Name(), counts[i], ref, err)
-						return
-					}
-					counts[i]++
-				}
-			}
-		})
+		group.Go(func() { counts[i] = w.pullOn(ctx, t, n) })
 	}
 	err := w.Upgrade(t.Context(), w.values(), noManager, w.lifeValues(), "image: {tag: "+NextTag+"}\n")
+	if err == nil {
+		err = w.replaced(ctx)
+	}
 	cancel()
 	group.Wait()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("pulls during the upgrade: %v", counts)
-	got := kubectl(t, w.c, "get", "pods", "-n", Namespace, "-o", "jsonpath={range .items[*]}{.spec.containers[0].image}{'\\n'}{end}")
-	for line := range strings.Lines(got) {
-		if !strings.HasSuffix(strings.TrimSpace(line), NextTag) {
-			t.Errorf("after the upgrade there is still a pod of %s", line)
-		}
-	}
+	t.Logf("pulls during the upgrade, for each node: %v", counts)
 }
 
-// pullFresh pulls an image in a namespace of containerd's of its own and forgets
-// it, so that the next pull is work again.
-func pullFresh(ctx context.Context, n *cluster.Node, ref, credentials string) error {
-	ctr := []string{"/opt/cluster/containerd/ctr", "--namespace=loop"}
-	args := append(ctr[1:], "content", "fetch", "--hosts-dir=/etc/containerd/certs.d")
-	if credentials != "" {
-		args = append(args, "--user="+credentials)
+// pullOn pulls one image after the other, none of which the node has, until ctx
+// ends, and returns how many.
+func (w *world) pullOn(ctx context.Context, t *testing.T, n *cluster.Node) (pulls int) {
+	for ; ctx.Err() == nil; pulls += 2 {
+		for ref, credentials := range w.refs() {
+			if err := pull(ctx, n, ref, credentials); err != nil && ctx.Err() == nil {
+				t.Errorf("%s, after %d pulls: %v", n.Name(), pulls, err)
+				return pulls
+			}
+		}
 	}
-	if _, err := n.Run(ctx, ctr[0], append(args, ref)...); err != nil {
-		return err
+	return pulls
+}
+
+// replaced waits until no pod of the old version is left.
+func (w *world) replaced(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		images, err := w.c.Kubectl(ctx, "get", "pods", "-n", Namespace, "-o", "jsonpath={.items[*].spec.containers[0].image}")
+		if err == nil && !slices.ContainsFunc(strings.Fields(string(images)), func(s string) bool { return !strings.HasSuffix(s, NextTag) }) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("pods of the old version stay: %s: %w", images, err)
+		case <-time.After(time.Second):
+		}
 	}
-	_, err := n.Run(ctx, ctr[0], append(ctr[1:], "images", "rm", "--sync", ref)...)
-	return err
 }
 
 // testNodeAdded has an application wait for a node that is yet to come, whose

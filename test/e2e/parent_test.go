@@ -17,6 +17,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,7 +51,7 @@ type parent struct {
 	asked  int
 
 	store *httptest.Server // the same content, for seeding
-	next  int
+	next  atomic.Int64
 }
 
 func newParent(t *testing.T, c *cluster.Cluster) *parent {
@@ -139,7 +140,7 @@ func (p *parent) push(t *testing.T, tag string) {
 
 func unique(t *testing.T, image v1.Image) v1.Image {
 	t.Helper()
-	layer, err := random.Layer(100_000, types.DockerLayer)
+	layer, err := random.Layer(20_000, types.DockerLayer)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,10 +160,7 @@ func (p *parent) fill(t *testing.T, n int) {
 }
 
 // take returns a tag that was not taken yet, so that pulling it is work.
-func (p *parent) take() string {
-	p.next++
-	return fmt.Sprint("t", p.next-1)
-}
+func (p *parent) take() string { return fmt.Sprint("t", p.next.Add(1)-1) }
 
 // pair is a certificate that signs itself, with its key, in PEM.
 type pair struct{ cert, key []byte }

@@ -59,7 +59,7 @@ func start(t *testing.T, c *cluster.Cluster, pods ...pod) {
 func succeed(t *testing.T, c *cluster.Cluster, pods ...pod) {
 	t.Helper()
 	for _, p := range pods {
-		eventually(t, c, func() error {
+		eventually(t, func() error {
 			got, err := c.Kubectl(t.Context(), "get", "pod", p.name, "-n", pullers, "-o",
 				"jsonpath={.status.phase} {.status.containerStatuses[0].state}")
 			if err == nil && !strings.HasPrefix(string(got), "Succeeded") {
@@ -76,7 +76,7 @@ func succeed(t *testing.T, c *cluster.Cluster, pods ...pod) {
 func refused(t *testing.T, c *cluster.Cluster, pods ...pod) {
 	t.Helper()
 	for _, p := range pods {
-		eventually(t, c, func() error {
+		eventually(t, func() error {
 			got, err := c.Kubectl(t.Context(), "get", "pod", p.name, "-n", pullers, "-o",
 				"jsonpath={.status.phase} {.status.containerStatuses[0].state.waiting.reason}")
 			if strings.HasPrefix(string(got), "Succeeded") {
@@ -127,7 +127,7 @@ func apply(t *testing.T, c *cluster.Cluster, manifests string) {
 }
 
 // eventually repeats check until it succeeds.
-func eventually(t *testing.T, c *cluster.Cluster, check func() error) {
+func eventually(t *testing.T, check func() error) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(200 * time.Millisecond) {
 		err := check()
@@ -146,7 +146,7 @@ func explain(t *testing.T, c *cluster.Cluster) {
 	defer cancel()
 	for _, args := range [][]string{
 		{"get", "connectedregistries", "-A", "-o", "yaml"},
-		{"get", "pods,leases,secrets,configmaps,certificates.cert-manager.io", "-n", Namespace, "-o", "wide"},
+		{"get", "pods,leases,secrets,configmaps", "-n", Namespace, "-o", "wide"},
 		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
 		{"describe", "pods", "-n", Namespace},
 		{"logs", "-n", Namespace, "-l", "app.kubernetes.io/part-of=connected-registry", "--prefix", "--tail=60", "--all-containers"},
