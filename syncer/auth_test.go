@@ -468,3 +468,31 @@ func TestNamesWithoutLinks(t *testing.T) {
 		})
 	}
 }
+
+// A parent that refuses every token it has given is not asked for each of many
+// tags.
+func TestSyncStopsAtRefusals(t *testing.T) {
+	service := newTokenService(t, "", "")
+	p := newTestParent(t)
+	p.setFault(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/v2/" {
+			return false
+		}
+		r.Header.Del("Authorization")
+		return service.guard(w, r)
+	})
+	var tags []string
+	for i := range 200 {
+		tags = append(tags, fmt.Sprint("t", i))
+	}
+	f := newFixtureAt(t, t.TempDir(), p, func(c *Config) {
+		c.Repositories = []v1alpha1.Repository{{Name: "app", Tags: v1alpha1.Tags{Include: tags}}}
+	})
+	f.limits.asks = 2
+	if _, err := f.Sync(t.Context(), v1alpha1.SyncTriggerManual); err == nil || !strings.Contains(err.Error(), "(401)") {
+		t.Errorf("%v", err)
+	}
+	if got := len(p.asked("")) + len(service.requests()); got > 30 {
+		t.Errorf("%d requests", got)
+	}
+}

@@ -91,9 +91,20 @@ type parent struct {
 	kin  atomic.Bool // it is one
 	told atomic.Bool // it was told
 
-	mu   sync.Mutex
-	down error // why nothing more is asked at all
+	mu       sync.Mutex
+	down     error               // why nothing more is asked at all
+	refusals map[string]refusals // by scope
 }
+
+// refusals are the answers 401 to fresh credentials, one after another.
+type refusals struct {
+	times int
+	last  error
+}
+
+// maxRefusals is after how many of them nothing more is asked for in a scope: the
+// next would fare the same, and each costs three requests.
+const maxRefusals = 3
 
 // dialer opens connections.
 type dialer func(ctx context.Context, network, address string) (net.Conn, error)
@@ -307,6 +318,9 @@ func (r request) done(status int) bool {
 // A status other than success is a *fault.
 func (p *parent) send(ctx context.Context, client *http.Client, r request) (*http.Response, error) {
 	what := r.what
+	if err := p.hopeless(r.scope); err != nil {
+		return nil, err
+	}
 	var stale string // credentials that the parent refused
 	for challenges := 0; ; challenges++ {
 		req, err := r.build(ctx, p.scheme+"://"+p.host)
@@ -339,6 +353,7 @@ func (p *parent) send(ctx context.Context, client *http.Client, r request) (*htt
 		}
 		again, err := p.refused(ctx, resp, what, used)
 		if !again || r.scope == "" || challenges > 0 {
+			p.judge(r.scope, err)
 			return nil, err
 		}
 		stale = used
@@ -359,6 +374,32 @@ func (p *parent) meet(header http.Header) {
 	if header.Get(v1alpha1.HeaderParent) != "" {
 		p.kin.Store(true)
 	}
+}
+
+// judge takes note of how a request in a scope ended.
+func (p *parent) judge(scope string, err error) {
+	f, _ := errors.AsType[*fault](err)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if f == nil || f.status != http.StatusUnauthorized {
+		delete(p.refusals, scope)
+		return
+	}
+	if p.refusals == nil {
+		p.refusals = make(map[string]refusals)
+	}
+	p.refusals[scope] = refusals{p.refusals[scope].times + 1, err}
+}
+
+// hopeless is why nothing more is asked for in a scope, nil when it is worth
+// asking.
+func (p *parent) hopeless(scope string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.refusals[scope]; r.times >= maxRefusals {
+		return r.last
+	}
+	return nil
 }
 
 // refused reads and closes an answer other than success. It returns the fault
