@@ -29,9 +29,9 @@ func (s *Syncer) Status() v1alpha1.Status {
 	return status
 }
 
-// takenOver is what is left of a status whose synchronisation, if one was
+// TakenOver is what is left of a status whose synchronisation, if one was
 // under way, ended with its worker.
-func takenOver(before v1alpha1.Status) v1alpha1.Status {
+func TakenOver(before v1alpha1.Status) v1alpha1.Status {
 	status := *before.DeepCopy()
 	status.NextSyncTime = nil
 	if status.ConnectionState == v1alpha1.ConnectionStateSyncing {

@@ -278,7 +278,7 @@ func New(config Config) (*Syncer, error) {
 		turn:      make(chan struct{}, 1),
 		logged:    make(map[string]string),
 		held:      make(map[string]string),
-		last:      takenOver(config.Before),
+		last:      TakenOver(config.Before),
 	}
 	s.fetcher = &fetcher{
 		store:      s.store,

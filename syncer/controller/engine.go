@@ -62,7 +62,7 @@ type engine struct {
 func newEngine(open func(context.Context) (*storage.Store, error), before v1alpha1.Status, log *slog.Logger, metrics prometheus.Registerer) *engine {
 	return &engine{
 		open: open, log: log, metrics: metrics, changed: make(chan struct{}, 1),
-		before: before, resyncs: before.LastResync, resync: before.LastResync,
+		before: syncer.TakenOver(before), resyncs: before.LastResync, resync: before.LastResync,
 	}
 }
 

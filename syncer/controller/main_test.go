@@ -5,19 +5,24 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"k8s.io/klog/v2"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // client-go's
+	goleak.VerifyTestMain(m)
+}
 
 // golden compares with a file below testdata.
 func golden(t *testing.T, name, got string) {

@@ -79,7 +79,7 @@ func (w *watches) watch(ctx context.Context, s subject) {
 	}
 	_, informer := cache.NewInformerWithOptions(cache.InformerOptions{
 		ObjectType: &metav1.PartialObjectMetadata{},
-		ListerWatcher: &cache.ListWatch{
+		ListerWatcher: cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
 			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 				narrow(&o)
 				return objects.List(ctx, o)
@@ -88,7 +88,7 @@ func (w *watches) watch(ctx context.Context, s subject) {
 				narrow(&o)
 				return objects.Watch(ctx, o)
 			},
-		},
+		}, w.client),
 		Handler: cache.ResourceEventHandlerFuncs{
 			AddFunc:    func(any) { w.wake() },
 			DeleteFunc: func(any) { w.wake() },
