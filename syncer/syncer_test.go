@@ -1,6 +1,8 @@
 package syncer
 
 import (
+	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -8,11 +10,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/registry"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 func TestSyncFetchesEachBlobOnce(t *testing.T) {
@@ -169,6 +173,26 @@ func TestSyncRepairs(t *testing.T) {
 			}
 			b[100] ^= 1
 			return os.WriteFile(path, b, 0o644)
+		},
+		"decay that scrubbing finds": func() error {
+			fi, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			b[100] ^= 1
+			// As the medium does it: the file's times say nothing.
+			if err := errors.Join(os.WriteFile(path, b, 0o644), os.Chtimes(path, time.Time{}, fi.ModTime())); err != nil {
+				return err
+			}
+			did, err := f.store.Maintain(t.Context(), storage.Maintenance{ScrubRate: 1 << 30})
+			if err == nil && (len(did.Damaged) != 1 || did.Damaged[0].Digest != broken) {
+				err = fmt.Errorf("scrubbing found %+v", did.Damaged)
+			}
+			return err
 		},
 		"a blob removed": func() error { return os.Remove(path) },
 		"the manifest removed": func() error {
