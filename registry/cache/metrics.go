@@ -12,6 +12,7 @@ type metrics struct {
 	refusals     *prometheus.CounterVec // cause
 	served       *prometheus.CounterVec // source
 	fetched      prometheus.Counter
+	fromPeers    prometheus.Counter
 	failures     *prometheus.CounterVec // registry, cause
 	inFlight     prometheus.Gauge
 	fillSeconds  prometheus.Histogram
@@ -64,6 +65,7 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 		refusals:     vec("fallthroughs_total", "Requests refused so that the client asks its next host, by cause.", "cause"),
 		served:       vec("served_bytes_total", "Bytes sent to clients, by where they came from.", "source"),
 		fetched:      counter("fetched_bytes_total", "Bytes received from upstreams."),
+		fromPeers:    counter("peer_fetched_bytes_total", "Bytes received from other nodes."),
 		failures:     vec("upstream_failures_total", "Requests to an upstream that gave no usable answer, by registry and cause.", "registry", "cause"),
 		evicted:      counter("evictions_total", "Files evicted."),
 		evictedBytes: counter("evicted_bytes_total", "Bytes of the files evicted."),
@@ -92,7 +94,7 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 		return m, nil
 	}
 	for _, c := range []prometheus.Collector{
-		m.requests, m.refusals, m.served, m.fetched, m.failures, m.inFlight, m.fillSeconds,
+		m.requests, m.refusals, m.served, m.fetched, m.fromPeers, m.failures, m.inFlight, m.fillSeconds,
 		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.hedges, m.storedBytes, m.storedBlobs,
 	} {
 		if err := reg.Register(c); err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/connected-registry/connected-registry/storage"
 	"github.com/connected-registry/connected-registry/trust"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // cluster is a number of nodes that know one another.
@@ -136,6 +137,15 @@ func TestWaveOfNodes(t *testing.T) {
 		if got := o.count("GET " + blobURL("app", d)); got < 1 || got > 2 {
 			t.Errorf("%d bytes: the registry was asked %d times by %d nodes", len(body), got, len(c.nodes))
 		}
+	}
+	fromPeers := 0.0
+	for _, n := range c.nodes {
+		reg := prometheus.NewRegistry()
+		reg.MustRegister(n.metrics.fromPeers)
+		fromPeers += samples(t, reg)["peer_fetched_bytes_total"]
+	}
+	if want := float64(6 * (1000 + 300<<10 + 9<<20)); fromPeers < want {
+		t.Errorf("%.0f bytes came from peers, want at least %.0f", fromPeers, want)
 	}
 	for _, n := range c.nodes { // each has kept what it got
 		n.settled()

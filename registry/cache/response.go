@@ -98,7 +98,11 @@ func (a *asker) watch(ans *answer) *body {
 	b := &body{answer: ans, stall: a.timeouts.Stall, quota: int64(a.timeouts.Stall.Seconds() * float64(a.timeouts.MinRate))}
 	b.timer = time.AfterFunc(time.Hour, func() { ans.cancel(errStalled) })
 	b.timer.Stop()
-	b.count = func(n int) { a.metrics.fetched.Add(float64(n)) }
+	received := a.metrics.fetched
+	if ans.upstream.peer != "" {
+		received = a.metrics.fromPeers
+	}
+	b.count = func(n int) { received.Add(float64(n)) }
 	return b
 }
 

@@ -26,9 +26,7 @@ func TestScrub(t *testing.T) {
 			digests = append(digests, d)
 		}
 		st := n.disk.Load().store
-		for _, e := range st.index { // as after a restart
-			e.hashed = 0
-		}
+		forgetHashes(st)
 		for _, d := range digests[1:] {
 			flip(t, st.blobPath(d), 50)
 			if err := os.Chtimes(st.blobPath(d), time.Time{}, storage.SealTime(d)); err != nil {
@@ -61,6 +59,15 @@ func TestScrub(t *testing.T) {
 	})
 }
 
+// forgetHashes makes the store as it is after a restart.
+func forgetHashes(s *store) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.index {
+		e.hashed = 0
+	}
+}
+
 // TestScrubRate measures on the bubble's clock how long a blob takes.
 func TestScrubRate(t *testing.T) {
 	bubble(t, "", func(t *testing.T, net *network) {
@@ -71,7 +78,7 @@ func TestScrubRate(t *testing.T) {
 		n.wantBlob(n.get(blobURL("app", d)), body, "fwd=miss; stored")
 		n.settled()
 		st := n.disk.Load().store
-		st.index[d].hashed = 0
+		forgetHashes(st)
 		time.Sleep(scrubDelay)
 		began := time.Now()
 		for st.notHashedSince(began.Add(-time.Minute)) != nil {
