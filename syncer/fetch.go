@@ -278,7 +278,7 @@ func (t *transfer) piece(ctx context.Context, chunk int, sent func()) error {
 	if err != nil {
 		return err
 	}
-	defer body.Close()
+	defer func() { _ = body.Close() }() // what matters has been read
 	sent()
 	return t.copy(body, func(b []byte) error { return t.partial.Write(chunk, b) })
 }
@@ -289,7 +289,7 @@ func (t *transfer) whole(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer body.Close()
+	defer func() { _ = body.Close() }() // what matters has been read
 	for chunk := range t.partial.Chunks() {
 		offset, length := t.partial.Missing(chunk)
 		end := offset + length

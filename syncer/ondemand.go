@@ -324,7 +324,7 @@ func (s *Syncer) watchWishes(ctx context.Context) error {
 	}
 	var events chan fsnotify.Event
 	if watcher, err := fsnotify.NewWatcher(); err == nil {
-		defer watcher.Close()
+		defer func() { _ = watcher.Close() }() // it only read
 		if watcher.Add(dir) == nil {
 			events = watcher.Events
 		}

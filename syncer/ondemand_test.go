@@ -138,12 +138,10 @@ func TestOnDemand(t *testing.T) {
 	byDigest := p.pushImage(t, "team/app:2", testImage(t, "y", testLayer(2, 1000)))
 	unwanted := p.pushImage(t, "team/app:beta", testImage(t, "z", testLayer(3, 1000)))
 	spec := &v1alpha1.Spec{Repositories: []v1alpha1.Repository{{Name: "team/*", Prefix: "mirror", Tags: v1alpha1.Tags{Exclude: []string{"beta"}}}}}
-	var blocked sync.Mutex
-	blocked.Lock()
+	blocked := make(chan struct{})
 	p.setFault(func(_ http.ResponseWriter, r *http.Request) bool {
 		if strings.HasPrefix(r.URL.Path, "/v2/_catalog") {
-			blocked.Lock() // the schedule gets nowhere
-			blocked.Unlock()
+			<-blocked // the schedule gets nowhere
 		}
 		return false
 	})
@@ -175,7 +173,7 @@ func TestOnDemand(t *testing.T) {
 	f.runUntil(t, "both are here", func() bool {
 		ok := here("1") == d && here("2") == byDigest && len(f.wishes(t)) == 0
 		if ok {
-			blocked.Unlock()
+			close(blocked)
 		}
 		return ok
 	})

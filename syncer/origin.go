@@ -60,19 +60,19 @@ func (s *Syncer) mode() v1alpha1.Mode {
 }
 
 // local is the name here of one of a registry's repositories.
-func (s selector) local(remote string) string { return path.Join(s.prefix, remote) }
+func (sel selector) local(remote string) string { return path.Join(sel.prefix, remote) }
 
 // remote is the name that a repository here has at the registry, if the selector
 // selects it.
-func (s selector) remote(local string) (string, bool) {
+func (sel selector) remote(local string) (string, bool) {
 	name := local
-	if s.prefix != "" {
+	if sel.prefix != "" {
 		var ok bool
-		if name, ok = strings.CutPrefix(local, s.prefix+"/"); !ok {
+		if name, ok = strings.CutPrefix(local, sel.prefix+"/"); !ok {
 			return "", false
 		}
 	}
-	return name, s.repository.Match(name)
+	return name, sel.repository.Match(name)
 }
 
 // here are the repositories here that a registry's repository goes to, by name:

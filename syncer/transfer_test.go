@@ -1,6 +1,7 @@
 package syncer
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -264,7 +265,7 @@ func testQueueGivesUp(t *testing.T) {
 	go func() { done <- q.acquire(ctx, p, 1) }()
 	synctest.Wait()
 	cancel(errWindow)
-	if err := <-done; err != errWindow { //nolint:errorlint // the very same
+	if err := <-done; !errors.Is(err, errWindow) {
 		t.Error(err)
 	}
 	q.release()
