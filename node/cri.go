@@ -33,7 +33,7 @@ func Connect(socket string) (*Runtime, error) {
 }
 
 // Close ends the connection.
-func (r *Runtime) Close() error { return r.conn.Close() }
+func (r *Runtime) Close() { _ = r.conn.Close() }
 
 // Version asks the runtime for its name and version.
 func (r *Runtime) Version(ctx context.Context) (name string, v Version, err error) {

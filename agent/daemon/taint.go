@@ -26,7 +26,7 @@ func (d *Daemon) untaint(ctx context.Context) {
 	case <-d.configured:
 	}
 	for retry := firstWriteRetry; ; retry = min(2*retry, longWriteRetry) {
-		removed, err := d.client.removeTaint(ctx, d.cfg.Node, StartupTaint)
+		removed, err := d.client.removeTaint(ctx, d.cfg.Node)
 		if err == nil {
 			if removed {
 				d.log.Info("the node takes workloads from now on", "taint", StartupTaint)
@@ -51,41 +51,41 @@ func (d *Daemon) isConfigured() {
 	}
 }
 
-// removeTaint takes the taints with a key from a node. It needs get and patch on
-// that node.
-func (c *client) removeTaint(ctx context.Context, node, key string) (removed bool, err error) {
+// removeTaint takes the startup taint from a node, with whatever effects. It needs
+// get and patch on that node.
+func (c *client) removeTaint(ctx context.Context, node string) (removed bool, err error) {
 	for {
-		index, err := c.findTaint(ctx, node, key)
+		index, err := c.findTaint(ctx, node)
 		if err != nil {
-			return removed, fmt.Errorf("taint %s of node %s: %w", key, node, err)
+			return removed, fmt.Errorf("taint %s of node %s: %w", StartupTaint, node, err)
 		}
 		if index < 0 {
 			return removed, nil
 		}
-		if err := c.cutTaint(ctx, node, key, index); err != nil {
-			return removed, fmt.Errorf("taint %s of node %s: %w", key, node, err)
+		if err := c.cutTaint(ctx, node, index); err != nil {
+			return removed, fmt.Errorf("taint %s of node %s: %w", StartupTaint, node, err)
 		}
 		removed = true
 	}
 }
 
-func (c *client) findTaint(ctx context.Context, node, key string) (index int, err error) {
+func (c *client) findTaint(ctx context.Context, node string) (index int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	n := &corev1.Node{}
 	if err := c.core.Get().Resource("nodes").Name(node).Do(ctx).Into(n); err != nil {
 		return 0, err
 	}
-	return slices.IndexFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == key }), nil
+	return slices.IndexFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == StartupTaint }), nil
 }
 
 // cutTaint fails if somebody has changed the list meanwhile.
-func (c *client) cutTaint(ctx context.Context, node, key string, index int) error {
+func (c *client) cutTaint(ctx context.Context, node string, index int) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	path := fmt.Sprintf("/spec/taints/%d", index)
 	patch, err := json.Marshal([]map[string]any{
-		{"op": "test", "path": path + "/key", "value": key},
+		{"op": "test", "path": path + "/key", "value": StartupTaint},
 		{"op": "remove", "path": path},
 	})
 	if err != nil {

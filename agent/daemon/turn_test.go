@@ -181,19 +181,19 @@ func TestRemoveTaint(t *testing.T) {
 	}
 	o.beforePatch = func() { o.node.Spec.Taints = []corev1.Taint{ours, other, evict} }
 	c := o.client(t)
-	if _, err := c.removeTaint(t.Context(), "n1", StartupTaint); err == nil || !strings.Contains(err.Error(), StartupTaint) {
+	if _, err := c.removeTaint(t.Context(), "n1"); err == nil || !strings.Contains(err.Error(), StartupTaint) {
 		t.Errorf("error %v, want that the list was changed", err)
 	}
 	if len(o.node.Spec.Taints) != 3 {
 		t.Fatalf("another taint went: %v", o.node.Spec.Taints)
 	}
-	if removed, err := c.removeTaint(t.Context(), "n1", StartupTaint); err != nil || !removed {
+	if removed, err := c.removeTaint(t.Context(), "n1"); err != nil || !removed {
 		t.Fatal(removed, err)
 	}
 	if len(o.node.Spec.Taints) != 1 || o.node.Spec.Taints[0].Key != other.Key {
 		t.Errorf("left: %v", o.node.Spec.Taints)
 	}
-	if removed, err := c.removeTaint(t.Context(), "n1", StartupTaint); err != nil || removed {
+	if removed, err := c.removeTaint(t.Context(), "n1"); err != nil || removed {
 		t.Errorf("again: %v, %v", removed, err)
 	}
 }
