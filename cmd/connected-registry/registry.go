@@ -93,8 +93,6 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		}
 		return readable(root)
 	}
-	log.Info("serving", "listen", f.listen, "mode", settings.Spec().Mode, "version", version)
-
 	// The replica ends a while after it was told to, so that requests which are
 	// on their way find it.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -166,8 +164,10 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 	server, err := registry.New(config)
 	if err != nil {
 		config.Listener.Close()
+		return nil, err
 	}
-	return server, err
+	log.Info("serving", "registry", config.Listener.Addr(), "health", h.listener.Addr(), "mode", settings.Spec().Mode, "version", version)
+	return server, nil
 }
 
 // readable says whether the content can be reached.
