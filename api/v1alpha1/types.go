@@ -385,6 +385,9 @@ type TrustDistribution struct {
 	// runtime that does not read hosts.d, and restart it. Default false: it
 	// reports what is to be done.
 	ConfigureRuntime bool `json:"configureRuntime,omitempty"`
+	// NodeSelector are the labels of the nodes that an agent runs on; a rotation
+	// waits for no others. Empty: every node.
+	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
 	// NodeTimeout is how long a rotation of certificates waits for a node that
 	// does not answer, as an ISO 8601 duration. Default PT15M.
 	NodeTimeout string `json:"nodeTimeout,omitempty"`

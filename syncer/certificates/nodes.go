@@ -8,6 +8,7 @@ import (
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 )
 
 const (
@@ -16,7 +17,7 @@ const (
 	annotationFingerprints = "connectedregistry.io/ca-fingerprints"
 )
 
-// listNodes returns every node and what its agent acknowledged. Answers may
+// listNodes returns every node that is to have an agent, and what its agent acknowledged. Answers may
 // come from the API server's cache: a node that is late there is waited for a
 // little longer. Unless it is urgent, an answer of half a minute ago will do.
 func (r *run) listNodes(ctx context.Context, urgent bool) ([]node, error) {
@@ -27,7 +28,10 @@ func (r *run) listNodes(ctx context.Context, urgent bool) ([]node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing the agents' leases in %s: %w", r.cr.Namespace, err)
 	}
-	nodes, err := r.Client.CoreV1().Nodes().List(ctx, metav1.ListOptions{ResourceVersion: "0"})
+	nodes, err := r.Client.CoreV1().Nodes().List(ctx, metav1.ListOptions{
+		LabelSelector:   labels.Set(r.cr.Spec.TrustDistribution.NodeSelector).String(),
+		ResourceVersion: "0",
+	})
 	if err != nil {
 		return nil, fmt.Errorf("listing nodes: %w", err)
 	}

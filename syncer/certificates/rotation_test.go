@@ -173,6 +173,34 @@ func TestNodeWithoutAgent(t *testing.T) {
 	}
 }
 
+// TestNodeSelector: agents run on labelled nodes alone, and no other is waited
+// for.
+func TestNodeSelector(t *testing.T) {
+	w := newWorld(t, 1, 1)
+	labelled := map[string]string{"containerd-configured-by": "connected-registry"}
+	w.cr.Spec.TrustDistribution.NodeSelector = labelled
+	for _, name := range w.nodeNames() {
+		n, err := w.client.CoreV1().Nodes().Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.Labels = labelled
+		if _, err := w.client.CoreV1().Nodes().Update(t.Context(), n, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.setReady("bare", true)
+	w.settle()
+	w.rotate("1")
+	w.settle()
+	if got := w.now.Sub(testStart); got >= 15*time.Minute {
+		t.Errorf("a node without an agent was waited for: %s", got)
+	}
+	if got := w.result.Trust; got.Nodes != 1 || got.NodesTrusting != 1 {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestReplicaThatIsDownIsWaitedForUpToATime(t *testing.T) {
 	w := newWorld(t, 1, 2)
 	w.settle()

@@ -93,6 +93,15 @@ of it, connected-registry-tls, which follows once every node trusts its CA. */}}
 {{ .Values.tls.secret | default "connected-registry-tls-own" }}
 {{- end }}
 
+{{/* The labels of the nodes that agents run on, Linux aside. */}}
+{{- define "connected-registry.agentNodes" -}}
+{{- $nodes := deepCopy .Values.agent.nodeSelector }}
+{{- if .Values.trustDistribution.useNodeSelector }}
+{{- $_ := set $nodes "containerd-configured-by" "connected-registry" }}
+{{- end }}
+{{- toYaml $nodes }}
+{{- end }}
+
 {{/* The spec of the ConnectedRegistry. */}}
 {{- define "connected-registry.spec" -}}
 {{- $spec := dict }}
@@ -117,6 +126,9 @@ of it, connected-registry-tls, which follows once every node trusts its CA. */}}
 {{- end }}
 {{- $_ := set $spec "tls" (include "connected-registry.tls" . | fromYaml) }}
 {{- $trust := omit .Values.trustDistribution "enabled" "useNodeSelector" }}
+{{- with include "connected-registry.agentNodes" . | fromYaml }}
+{{- $_ := set $trust "nodeSelector" . }}
+{{- end }}
 {{- if not .Values.trustDistribution.enabled }}
 {{- $trust = dict "disabled" true }}
 {{- end }}
