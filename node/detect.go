@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v4"
@@ -215,7 +216,7 @@ func (d *Detection) findConfiguration(r rootFiles) {
 	var found bool
 	d.configFile, found = firstOf(r, d.layout.configs)
 	if !found {
-		d.findNoConfiguration(isWhole(r))
+		d.findNoConfiguration(r)
 		return
 	}
 	c, err := loadConfig(r, d.configFile, d.version)
@@ -241,16 +242,21 @@ func (d *Detection) findConfiguration(r rootFiles) {
 
 // findNoConfiguration: a distribution that writes its own has not started yet;
 // otherwise containerd runs by its defaults.
-func (d *Detection) findNoConfiguration(whole bool) {
+func (d *Detection) findNoConfiguration(r rootFiles) {
 	if d.layout.generated != "" {
 		d.readsHosts = true
 		d.find(Finding{Name: "configuration", Value: "not written yet", Verdict: OK, Evidence: &Evidence{File: d.configFile},
 			Remedy: d.layout.name + " writes it at its first start, with its own hosts directory"})
 		return
 	}
-	if !whole {
+	if !isWhole(r) {
 		d.find(Finding{Name: "configuration", Value: "none in sight", Verdict: Fault, Evidence: &Evidence{File: d.configFile},
 			Remedy: "mount the node's whole root, or the directory in which its distribution keeps containerd's configuration (the chart's agent.containerdPath)"})
+		return
+	}
+	if _, ok := firstOf(r, slices.Concat(d.layout.sockets, d.layout.binaries)); !ok && !d.version.known() {
+		d.find(Finding{Name: "configuration", Value: "no containerd on this node", Verdict: Fault,
+			Remedy: "only containerd reads what is written here: other runtimes have to be told of the registry by their own means"})
 		return
 	}
 	d.config = &config{v: d.version}
