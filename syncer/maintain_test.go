@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,12 +26,16 @@ func TestMaintainKeepsItsSchedule(t *testing.T) {
 		// What a count leaves behind says that there was one.
 		counted := filepath.Join(root, "usage", "base.json")
 		ran := func() bool { return os.Remove(counted) == nil }
-		gc := v1alpha1.GarbageCollection{Enabled: new(true), Schedule: "0 3 * * *", MinAge: "PT24H"}
+		var gc atomic.Pointer[v1alpha1.GarbageCollection]
+		set := func(enabled bool, schedule string) {
+			gc.Store(&v1alpha1.GarbageCollection{Enabled: &enabled, Schedule: schedule, MinAge: "PT24H"})
+		}
+		set(true, "0 3 * * *")
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
-			Maintain(ctx, store, func() v1alpha1.GarbageCollection { return gc }, slog.New(slog.DiscardHandler))
+			Maintain(ctx, store, func() v1alpha1.GarbageCollection { return *gc.Load() }, slog.New(slog.DiscardHandler))
 		}()
 		pass := func(d time.Duration) bool {
 			time.Sleep(d)
@@ -46,15 +51,15 @@ func TestMaintainKeepsItsSchedule(t *testing.T) {
 		if pass(20 * time.Hour) {
 			t.Error("ran again the same day")
 		}
-		gc.Enabled = new(false)
+		set(false, "0 3 * * *")
 		if pass(24 * time.Hour) {
 			t.Error("ran though it is not enabled")
 		}
-		gc.Enabled, gc.Schedule = new(true), "*/5 * * * *"
+		set(true, "*/5 * * * *")
 		if !pass(time.Hour) {
 			t.Error("did not follow its schedule")
 		}
-		gc.Schedule = "nonsense"
+		set(true, "nonsense")
 		pass(time.Hour)
 		if pass(time.Hour) {
 			t.Error("ran without a schedule")
