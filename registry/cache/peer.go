@@ -206,13 +206,16 @@ func (p *peers) fetch(ctx context.Context, q question, d digest.Digest) *answer 
 // The error says that it cannot be reached.
 func (p *peers) askPeer(ctx context.Context, name string, q question, budget time.Duration) (ans *answer, referral string, err error) {
 	up := p.node(name)
-	if up == nil || q.avoid(up) != nil {
+	if up == nil {
 		return nil, "", nil
+	}
+	if why := q.avoid(up); why != nil {
+		return nil, "", why
 	}
 	ans, err = p.ask.askOne(ctx, up, q, budget)
 	var no *refusal
 	if errors.As(err, &no) {
-		return nil, no.referral, nil //nolint:nilerr // it is there, and says who has the blob
+		return nil, no.referral, nil
 	}
 	return ans, "", err
 }
