@@ -76,7 +76,7 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer store.Close()
+	defer func() { _ = store.Close() }() // never fails
 	traces, stopTraces, err := newTracing(ctx)
 	if err != nil {
 		return err

@@ -89,6 +89,13 @@ func waitFor(t *testing.T, what string, log *lines, ok func() bool) {
 	}
 }
 
+// reply is what was answered; zero: nothing.
+type reply struct {
+	status   int
+	location string
+	body     []byte
+}
+
 // TestReplica runs one replica from mounted files: it follows them, and ends
 // without breaking off what is in flight.
 func TestReplica(t *testing.T) {
@@ -109,29 +116,27 @@ func TestReplica(t *testing.T) {
 	found := address.FindStringSubmatch(log.String())
 	registry, health := "http://"+found[1], "http://"+found[2]
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	do := func(method, url string, body io.Reader) *http.Response {
+	do := func(method, url string, body io.Reader) (a reply) {
 		req, err := http.NewRequestWithContext(t.Context(), method, url, body)
 		if err != nil {
 			t.Error(err)
-			return nil
+			return a
 		}
 		req.SetBasicAuth("ci", "pw")
 		resp, err := client.Do(req)
 		if err != nil {
-			return nil
+			return a
 		}
 		defer resp.Body.Close()
-		resp.Body = io.NopCloser(bytes.NewReader(mustRead(t, resp.Body)))
-		return resp
-	}
-	status := func(method, url string) int {
-		if resp := do(method, url, nil); resp != nil {
-			return resp.StatusCode
+		a = reply{status: resp.StatusCode, location: resp.Header.Get("Location")}
+		if a.body, err = io.ReadAll(resp.Body); err != nil {
+			t.Error(err)
 		}
-		return 0
+		return a
 	}
+	status := func(method, url string) int { return do(method, url, nil).status }
 	waitFor(t, "ready", log, func() bool { return status(http.MethodGet, health+"/readyz") == http.StatusOK })
-	if got := do(http.MethodGet, health+"/metrics", nil); !bytes.Contains(mustRead(t, got.Body), []byte("connected_registry_")) {
+	if got := do(http.MethodGet, health+"/metrics", nil); !bytes.Contains(got.body, []byte("connected_registry_")) {
 		t.Error("there are no metrics of the registry")
 	}
 
@@ -140,8 +145,8 @@ func TestReplica(t *testing.T) {
 	var answer struct {
 		Errors []struct{ Code string }
 	}
-	if err := json.Unmarshal(mustRead(t, refused.Body), &answer); err != nil || refused.StatusCode/100 != 4 || answer.Errors[0].Code == "UNAUTHORIZED" {
-		t.Fatalf("a push in mode ReadOnly: %s %v, %v", refused.Status, answer, err)
+	if err := json.Unmarshal(refused.body, &answer); err != nil || refused.status/100 != 4 || answer.Errors[0].Code == "UNAUTHORIZED" {
+		t.Fatalf("a push in mode ReadOnly: %d %v, %v", refused.status, answer, err)
 	}
 	files["resource.yaml"] = "nonsense"
 	mount(t, settings, files)
@@ -150,25 +155,21 @@ func TestReplica(t *testing.T) {
 		t.Errorf("with settings that cannot be used: %d", got)
 	}
 	mount(t, settings, replicaFiles(t, v1alpha1.ModeReadWrite))
-	var begun *http.Response
+	var begun reply
 	waitFor(t, "pushes are taken", log, func() bool {
 		begun = do(http.MethodPost, uploads, nil)
-		return begun != nil && begun.StatusCode == http.StatusAccepted
+		return begun.status == http.StatusAccepted
 	})
 
 	// A transfer is under way when the end comes.
-	location := begun.Header.Get("Location")
+	location := begun.location
 	if strings.HasPrefix(location, "/") {
 		location = registry + location
 	}
 	body, sending := io.Pipe()
 	uploaded := make(chan int, 1)
 	go func() {
-		if resp := do(http.MethodPatch, location, body); resp != nil {
-			uploaded <- resp.StatusCode
-		} else {
-			uploaded <- 0
-		}
+		uploaded <- do(http.MethodPatch, location, body).status
 	}()
 	fmt.Fprint(sending, "the first half,")
 	stop()
@@ -187,14 +188,6 @@ func TestReplica(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("ended with %v", err)
 	}
-}
-
-func mustRead(t *testing.T, r io.Reader) []byte {
-	data, err := io.ReadAll(r)
-	if err != nil {
-		t.Error(err)
-	}
-	return data
 }
 
 // TestReplicaMistakes says what is missing.

@@ -133,7 +133,7 @@ func (c *Controller) leadWhile(ctx, leading context.Context) error {
 	case <-leading.Done():
 	}
 	select {
-	case <-done:
+	case <-done: //nolint:errcheck // whatever it is, the lease is lost
 	case <-time.After((c.config.Election.Lease - c.config.Election.Renew) / 2):
 		c.log.Warn("the lease is lost and the work has not ended: leaving it")
 	}

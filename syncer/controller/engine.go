@@ -124,7 +124,7 @@ func (e *engine) run(ctx context.Context) {
 	if store == nil {
 		return
 	}
-	defer store.Close() // never fails
+	defer func() { _ = store.Close() }() // never fails
 	for ctx.Err() == nil {
 		j := e.wanted()
 		if j == nil {

@@ -69,10 +69,7 @@ func (l *loop) wake() {
 // run works until ctx ends, and returns when all has ended that it started. Its
 // last act is to make the status say so, unless the lease is lost.
 func (l *loop) run(ctx context.Context) error {
-	cr, err := l.first(ctx)
-	if err != nil {
-		return err
-	}
+	cr := l.first(ctx)
 	l.engine = newEngine(l.openStore, cr.Status, l.log, l.config.Metrics)
 	w := &watches{client: l.config.Metadata, namespace: l.config.Namespace, wake: l.wake, running: make(map[subject]context.CancelFunc)}
 	var group sync.WaitGroup
@@ -94,12 +91,12 @@ func (l *loop) openStore(ctx context.Context) (*storage.Store, error) {
 	return storage.Open(ctx, storage.Config{Root: filepath.Join(l.config.Data, "registry"), Logger: l.log})
 }
 
-// first reads the resource, and waits for it.
-func (l *loop) first(ctx context.Context) (*v1alpha1.ConnectedRegistry, error) {
+// first reads the resource, and waits for it. It is empty when ctx ended.
+func (l *loop) first(ctx context.Context) *v1alpha1.ConnectedRegistry {
 	for said := ""; ; {
 		cr, err := l.read(ctx)
 		if err == nil {
-			return cr, nil
+			return cr
 		}
 		if err.Error() != said && ctx.Err() == nil {
 			said = err.Error()
@@ -107,7 +104,7 @@ func (l *loop) first(ctx context.Context) (*v1alpha1.ConnectedRegistry, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return &v1alpha1.ConnectedRegistry{}, nil
+			return &v1alpha1.ConnectedRegistry{}
 		case <-time.After(minRetry):
 		}
 	}
