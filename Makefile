@@ -29,6 +29,8 @@ clients:
 e2e:
 	go run -C test/cluster ./cmd/cluster build
 	go test -C test/cluster -race -count=1 -timeout 20m ./...
+	go test -C test/controller -count=1 -timeout 15m ./...
+	go test -C test/certificates -count=1 -timeout 20m ./...
 	go test -C test/e2e -count=1 -timeout 40m ./...
 
 # A cluster of two nodes with the product on it.
@@ -42,6 +44,7 @@ cluster-down:
 bench:
 	@./test/prepare nginx-light
 	go run -C test/bench .
+	go run -C test/trustbench .
 
 lint:
 	go tool -modfile=tools/go.mod golangci-lint run ./...

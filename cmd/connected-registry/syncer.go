@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/syncer/controller"
 )
 
@@ -48,16 +49,13 @@ others wait. It reaches the API server as a pod does, or as $KUBECONFIG says.`,
 	f.StringVar(&c.Data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry")
 	f.StringVar(&c.Identity, "identity", host, "what tells this process from others that want to lead: the pod's name")
 	f.StringVar(&flags.healthListen, "health-listen", ":8081", "address of /healthz, /readyz and /metrics")
-	f.BoolVar(&flags.verbose, "verbose", false, "log at level Debug")
+	f.BoolVar(&flags.verbose, "verbose", false, "log at level Debug, whatever spec.logLevel says")
 	_ = cmd.MarkFlagRequired("namespace") // it exists
 	return cmd
 }
 
 func (f *syncerFlags) run(ctx context.Context, stderr io.Writer) error {
-	level := slog.LevelInfo
-	if f.verbose {
-		level = slog.LevelDebug
-	}
+	level := new(slog.LevelVar)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	klog.SetSlogLogger(log)
 	h, err := newHealth(f.healthListen)
@@ -68,6 +66,11 @@ func (f *syncerFlags) run(ctx context.Context, stderr io.Writer) error {
 	h.ready = func(context.Context) error { return nil } // it waits for nothing but its turn
 	config := f.controller
 	config.Version, config.Logger, config.Metrics = version, log, h.metrics
+	if f.verbose {
+		level.Set(slog.LevelDebug)
+	} else {
+		config.Changed = func(spec *v1alpha1.Spec) { level.Set(logLevel(spec.LogLevel)) }
+	}
 	if err := connect(&config); err != nil {
 		return err
 	}

@@ -39,6 +39,9 @@ type Config struct {
 	Certificates Certificates
 	// Election is how the leader is found.
 	Election Election
+	// Changed is told of the spec in force, with its defaults, whenever it was
+	// looked at. Nil: nobody is.
+	Changed func(*v1alpha1.Spec)
 	// Logger takes the log. Nil: none.
 	Logger *slog.Logger
 	// Metrics is where metrics are registered. Nil: nowhere.

@@ -221,6 +221,9 @@ func (l *loop) inForce(ctx context.Context, asked *v1alpha1.ConnectedRegistry, s
 // carryOut makes the resource in force come true. What cannot be done for one
 // part stops no other.
 func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader) (time.Duration, error) {
+	if l.config.Changed != nil {
+		l.config.Changed(&f.cr.Spec)
+	}
 	svc, err := l.service(ctx)
 	if err != nil {
 		return 0, err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -220,9 +221,9 @@ func TestElection(t *testing.T) {
 	data := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, data, "  mode: ReadOnly\n")
-		away := false
+		var away atomic.Bool
 		w.kube.PrependReactor("*", "leases", func(clienttesting.Action) (bool, runtime.Object, error) {
-			return away, nil, errors.New("no route to host")
+			return away.Load(), nil, errors.New("no route to host")
 		})
 		c, err := New(w.config)
 		if err != nil {
@@ -236,7 +237,7 @@ func TestElection(t *testing.T) {
 			t.Fatalf("lease %v, error %v", lease, err)
 		}
 
-		away = true
+		away.Store(true)
 		if err := <-ended; !errors.Is(err, ErrLost) {
 			t.Errorf("ended with %v", err)
 		}
@@ -244,7 +245,7 @@ func TestElection(t *testing.T) {
 			t.Errorf("ended %s after another may lead", -left)
 		}
 
-		away = false
+		away.Store(false)
 		other := w.config
 		other.Identity = "other"
 		stop := w.run(other)
