@@ -38,23 +38,11 @@ type view struct {
 
 // compose makes the status.
 func compose(v view) v1alpha1.Status {
-	s := v1alpha1.Status{
-		ObservedGeneration: v.found.asked.Generation,
-		Version:            v.version,
-		Activation:         &v1alpha1.Activation{Status: v1alpha1.ActivationActive},
-		Trust:              v.before.Trust,
-		Conditions:         slices.Clone(v.before.Conditions),
-		LastResync:         v.sync.LastResync,
-		ConnectionState:    v.sync.ConnectionState,
-		LastSyncTime:       v.sync.LastSyncTime,
-		NextSyncTime:       v.sync.NextSyncTime,
-		RegistrySyncResult: v.sync.RegistrySyncResult.DeepCopy(),
-		Content:            content(v.sync.Repositories),
-		Repositories:       incompleteFirst(v.sync.Repositories),
-		Changes:            v.sync.Changes,
-		Notifications:      v.sync.Notifications,
-		Children:           v.sync.Children,
-	}
+	s := *v.sync.DeepCopy()
+	s.ObservedGeneration, s.Version = v.found.asked.Generation, v.version
+	s.Activation = &v1alpha1.Activation{Status: v1alpha1.ActivationActive}
+	s.Trust, s.Conditions = v.before.Trust, slices.Clone(v.before.Conditions)
+	s.Content, s.Repositories = content(s.Repositories), incompleteFirst(s.Repositories)
 	if v.found.certificates == nil && v.found.trust.Trust != nil {
 		s.Trust = v.found.trust.Trust
 	}
