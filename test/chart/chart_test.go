@@ -150,7 +150,7 @@ func TestRefusals(t *testing.T) {
 		"mode":                 {[]string{"mode=readonly"}, `at '/mode': value must be one of 'ReadOnly', 'ReadWrite'`},
 		"size":                 {[]string{"pvc.storageRequest=500 GB"}, `at '/pvc/storageRequest'`},
 		"volume of one":        {[]string{"pvc.accessModes={ReadWriteOnce}"}, `pvc.accessModes lacks ReadWriteMany`},
-		"cert-manager's value": {[]string{"certManager.shedule=daily"}, `shedule`},
+		"cert-manager's value": {[]string{"certmanager.shedule=daily"}, `shedule`},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
@@ -182,7 +182,7 @@ func TestCertManager(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`name: "certificates.cert-manager.io"`, "name: edge-cert-manager-webhook", "quay.io/jetstack/cert-manager-controller:v"} {
+	for _, want := range []string{`name: "certificates.cert-manager.io"`, "name: edge-cert-manager-webhook", "quay.io/jetstack/cert-manager-controller:v", "name: certmanager-webhook"} {
 		if !strings.Contains(with, want) {
 			t.Errorf("no %s", want)
 		}

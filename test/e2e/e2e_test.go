@@ -190,7 +190,7 @@ func (w *world) testInstalls(t *testing.T) {
 	b64 := base64.StdEncoding.EncodeToString
 	usual := func(t *testing.T) {
 		w.pulls(t)
-		if out, err := w.c.Helm(t.Context(), "test", Release, "--namespace="+Namespace, "--timeout=2m", "--logs"); err != nil {
+		if out, err := w.c.Helm(t.Context(), "test", Release, "--namespace="+Namespace, "--timeout=2m"); err != nil {
 			t.Errorf("%v\n%s", err, out)
 		}
 	}
@@ -208,7 +208,7 @@ func (w *world) testInstalls(t *testing.T) {
 		w.parent.push(t, "latest")
 		w.with(t, func(t *testing.T) {
 			w.unchanged(t)
-			w.byHand(t, "ca.crt", string(own.cert))
+			defer w.byHand(t, "ca.crt", string(own.cert))()
 			usual(t)
 		}, noManager, "trustDistribution: {enabled: false}\ntls: {secret: k8secret}\n")
 	})
@@ -216,7 +216,7 @@ func (w *world) testInstalls(t *testing.T) {
 		w.parent.push(t, "latest")
 		w.with(t, func(t *testing.T) {
 			w.unchanged(t)
-			w.byHand(t, "hosts.toml", fmt.Sprintf("server = \"http://%s\"\n", w.host))
+			defer w.byHand(t, "hosts.toml", fmt.Sprintf("server = \"http://%s\"\n", w.host))()
 			usual(t)
 		}, noManager, "trustDistribution: {enabled: false}\nhttpEnabled: true\n")
 	})
@@ -246,14 +246,18 @@ func (w *world) testInstalls(t *testing.T) {
 	})
 }
 
-// byHand configures the nodes as an operator does who wants no agent, until the
-// test ends.
-func (w *world) byHand(t *testing.T, name, content string) {
+// byHand configures the nodes as an operator does who wants no agent, and
+// returns what undoes it.
+func (w *world) byHand(t *testing.T, name, content string) (undo func()) {
 	t.Helper()
 	dir := "etc/containerd/certs.d/" + w.host
 	for _, n := range w.c.Nodes() {
 		writeNode(t, n, dir, name, content)
-		t.Cleanup(func() { removeNode(t, n, dir) })
+	}
+	return func() {
+		for _, n := range w.c.Nodes() {
+			removeNode(t, n, dir)
+		}
 	}
 }
 
