@@ -17,8 +17,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/connected-registry/connected-registry/agent"
 	"github.com/connected-registry/connected-registry/agent/daemon"
@@ -129,7 +127,7 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	}
 	level := new(slog.LevelVar)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
-	api, err := kubeconfig()
+	api, err := kubeConfig()
 	if err != nil {
 		return err
 	}
@@ -216,18 +214,6 @@ func serveHealth(ctx context.Context, addr string, handler http.Handler, log *sl
 	}
 }
 
-// kubeconfig is how the API server is reached: as a pod, or by $KUBECONFIG.
-func kubeconfig() (*rest.Config, error) {
-	if file := os.Getenv("KUBECONFIG"); file != "" {
-		return clientcmd.BuildConfigFromFlags("", file)
-	}
-	config, err := rest.InClusterConfig()
-	if err != nil {
-		return nil, fmt.Errorf("finding the API server: %w: run in a pod, or set KUBECONFIG", err)
-	}
-	return config, nil
-}
-
 func agentCleanupCommand() *cobra.Command {
 	var nodeRoot, data, namespace, node string
 	var all bool
@@ -251,7 +237,7 @@ The content of the cache stays, unless --all is given.`,
 			if node == "" {
 				return nil
 			}
-			api, err := kubeconfig()
+			api, err := kubeConfig()
 			if err == nil {
 				err = daemon.DeleteLease(cmd.Context(), api, namespace, node)
 			}
@@ -281,7 +267,7 @@ they have. It is run before the agents are removed. A node that does not answer
 is named, and does not make this fail: run "agent cleanup" there.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			api, err := kubeconfig()
+			api, err := kubeConfig()
 			if err != nil {
 				return err
 			}

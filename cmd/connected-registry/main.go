@@ -45,6 +45,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		syncCommand(),
 		exportCommand(),
 		importCommand(),
+		resyncCommand(),
 		registryCommand(),
 		syncerCommand(),
 		agentCommand(),

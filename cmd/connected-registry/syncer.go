@@ -12,8 +12,6 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
@@ -111,20 +109,4 @@ func connect(c *controller.Config) error {
 		return fmt.Errorf("client of the API server: %w", err)
 	}
 	return nil
-}
-
-// kubeConfig is what $KUBECONFIG says, or else what a pod is given.
-func kubeConfig() (*rest.Config, error) {
-	if path := os.Getenv(clientcmd.RecommendedConfigPathEnvVar); path != "" {
-		config, err := clientcmd.BuildConfigFromFlags("", path)
-		if err != nil {
-			return nil, fmt.Errorf("reading $%s: %w", clientcmd.RecommendedConfigPathEnvVar, err)
-		}
-		return config, nil
-	}
-	config, err := rest.InClusterConfig()
-	if err != nil {
-		return nil, fmt.Errorf("reaching the API server: %w: run in a pod with a service account, or set $%s", err, clientcmd.RecommendedConfigPathEnvVar)
-	}
-	return config, nil
 }
