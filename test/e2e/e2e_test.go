@@ -225,9 +225,9 @@ func (w *world) testInstalls(t *testing.T) {
 	}
 	t.Run("cert-manager with the chart", func(t *testing.T) {
 		w.parent.push(t, "latest")
-		w.with(t, usual)
 		// Helm keeps definitions, which are in the way of the next installation.
-		kubectl(t, w.c, "delete", "crd", "--selector=app.kubernetes.io/name=cert-manager")
+		defer kubectl(t, w.c, "delete", "crd", "--selector=app.kubernetes.io/name=cert-manager")
+		w.with(t, usual)
 	})
 	t.Run("cert-manager that was there", func(t *testing.T) {
 		w.parent.push(t, "latest")
