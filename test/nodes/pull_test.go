@@ -185,7 +185,7 @@ func TestRollBack(t *testing.T) {
 			}
 			before := r.configuration(t)
 			broken := &stubborn{root: r}
-			cfg := node.Config{NodeRoot: r.dir, Allowed: true, Restarter: broken, Patience: 20 * time.Second, CheckImage: upstream + "/" + repository + ":first"}
+			cfg := node.Config{NodeRoot: r.dir, Allowed: true, Restarter: broken, Patience: time.Minute, CheckImage: upstream + "/" + repository + ":first"}
 			_, _, err := node.Configure(t.Context(), cfg)
 			if err == nil || !strings.Contains(err.Error(), "was put back, and the runtime runs as before") {
 				t.Fatalf("%v, want that it was put back", err)
