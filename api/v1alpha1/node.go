@@ -1,6 +1,8 @@
 package v1alpha1
 
 import (
+	"slices"
+
 	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
@@ -40,6 +42,9 @@ type NodeConfiguration struct {
 	// Peers are the caches of all nodes, this one's included. Empty: nodes do
 	// not ask one another.
 	Peers []Peer `json:"peers,omitempty"`
+	// Prefetch brings images to the caches of nodes before they are needed. It
+	// stands for that of Mirrors, which is empty here.
+	Prefetch []NodePrefetch `json:"prefetch,omitempty"`
 	// ConfigureRuntime lets the agent change the container runtime's
 	// configuration and restart it.
 	ConfigureRuntime bool `json:"configureRuntime,omitempty"`
@@ -65,6 +70,34 @@ type Peer struct {
 	Node string `json:"node"`
 	// Address is where other nodes reach its cache, host:port. Required.
 	Address string `json:"address"`
+}
+
+// NodePrefetch names images for nodes.
+type NodePrefetch struct {
+	// Images are references with the registry. Required.
+	Images []string `json:"images"`
+	// Nodes are the names of the nodes, sorted. Empty: every node.
+	Nodes []string `json:"nodes,omitempty"`
+}
+
+// AnnotationPeerAddress is on the Lease of a node's agent while other nodes may
+// ask its cache: where they reach it, IP:port.
+const AnnotationPeerAddress = Group + "/peer-address"
+
+// PrefetchFor returns the images that are to be brought to a node, each once.
+func (c *NodeConfiguration) PrefetchFor(node string) []string {
+	var images []string
+	for _, p := range c.Prefetch {
+		if len(p.Nodes) > 0 && !slices.Contains(p.Nodes, node) {
+			continue
+		}
+		for _, image := range p.Images {
+			if !slices.Contains(images, image) {
+				images = append(images, image)
+			}
+		}
+	}
+	return images
 }
 
 // SetDefaults writes the defaults into the fields that say nothing.
@@ -105,6 +138,11 @@ func (c *NodeConfiguration) Validate() field.ErrorList {
 			errs = append(errs, invalid(p.Child("node"), peer.Node, "is not the name of a node"))
 		}
 		errs = append(errs, validHost(p.Child("address"), peer.Address)...)
+	}
+	for i, f := range c.Prefetch {
+		if p := field.NewPath("prefetch").Index(i); len(f.Images) == 0 {
+			errs = append(errs, required(p.Child("images"), "name the images to bring"))
+		}
 	}
 	return append(errs, oneOf(field.NewPath("logLevel"), c.LogLevel,
 		LogLevelDebug, LogLevelInformation, LogLevelWarning, LogLevelError, LogLevelNone)...)

@@ -24,6 +24,9 @@ mirrors:
   server: https://registry-1.docker.io
 nodeCache: {maxSize: 20Gi, peers: true}
 peers: [{node: edge-1, address: "192.0.2.1:5051"}]
+prefetch:
+- images: [docker.io/library/nginx:1, docker.io/library/redis:7]
+- {images: [docker.io/team/app:1, docker.io/library/nginx:1], nodes: [edge-1, edge-2]}
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -44,10 +47,22 @@ peers: [{node: edge-1, address: "192.0.2.1:5051"}]
 		}},
 		NodeCache: NodeCache{MaxSize: &size, Peers: true},
 		Peers:     []Peer{{Node: "edge-1", Address: "192.0.2.1:5051"}},
-		LogLevel:  LogLevelInformation,
+		Prefetch: []NodePrefetch{
+			{Images: []string{"docker.io/library/nginx:1", "docker.io/library/redis:7"}},
+			{Images: []string{"docker.io/team/app:1", "docker.io/library/nginx:1"}, Nodes: []string{"edge-1", "edge-2"}},
+		},
+		LogLevel: LogLevelInformation,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+	for node, images := range map[string][]string{
+		"edge-2": {"docker.io/library/nginx:1", "docker.io/library/redis:7", "docker.io/team/app:1"},
+		"edge-3": {"docker.io/library/nginx:1", "docker.io/library/redis:7"},
+	} {
+		if diff := cmp.Diff(images, got.PrefetchFor(node)); diff != "" {
+			t.Errorf("%s: -want +got:\n%s", node, diff)
+		}
 	}
 }
 
@@ -61,6 +76,7 @@ func TestLoadNodeConfigurationProblems(t *testing.T) {
 		"host": {head + "registry: a\nnames: [../etc]\n", "f:4: names[0]: is more than a host: leave out the scheme, the path and credentials"},
 		"peer": {head + "registry: a\nnames: [a]\npeers: [{node: A_, address: 'b:70000'}]\n", "f:5: peers[0].node: \"A_\" is not the name of a node\n" +
 			"f:5: peers[0].address: \"b:70000\" is not a host with or without a port: use for example \"registry.example.com:5000\""},
+		"prefetch": {head + "registry: a\nnames: [a]\nprefetch: [{images: []}]\n", "f:5: prefetch[0].images: is required: name the images to bring"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := LoadNodeConfiguration("f", []byte(test.doc))

@@ -326,7 +326,8 @@ type Mirror struct {
 	// have none of ours for images of another registry. Without it, and without
 	// spec.anonymousPull, such pulls go to the registry itself.
 	AnonymousPull bool `json:"anonymousPull,omitempty"`
-	// Prefetch brings images to the caches of nodes before they are needed.
+	// Prefetch brings images to the caches of nodes before they are needed, as
+	// far as they may be read without credentials: see AnonymousPull.
 	Prefetch []Prefetch `json:"prefetch,omitempty"`
 }
 

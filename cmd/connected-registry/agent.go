@@ -153,7 +153,9 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	gatherers := prometheus.Gatherers{metrics}
 	var nodeCache *nodeCache
 	if f.cacheListen != "" {
-		if nodeCache, err = newNodeCache(f.cacheDir(), f.cacheListen, f.containerdSocket(), log); err != nil {
+		if nodeCache, err = newNodeCache(nodeCacheConfig{
+			dir: f.cacheDir(), listen: f.cacheListen, containerd: f.containerdSocket(), node: config.Node, log: log,
+		}); err != nil {
 			return err
 		}
 		config.Cache = nodeCache

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,43 +24,68 @@ const (
 	longCacheRetry  = time.Minute
 )
 
-// nodeCache runs the cache of a node as it was told last. Registries change
-// while it runs; other bounds make it end and begin anew, with all that it
-// holds.
-type nodeCache struct {
+// nodeCacheConfig says where the cache of a node is.
+type nodeCacheConfig struct {
 	dir, listen string
 	containerd  string // its socket; empty: it is not asked
+	node        string // its name in the cluster; empty: it has none
 	log         *slog.Logger
-	news        chan struct{} // holds one element when want has changed
+}
+
+// nodeCache runs the cache of a node as it was told last. Registries and images
+// to prefetch change while it runs; other bounds make it end and begin anew,
+// with all that it holds.
+type nodeCache struct {
+	nodeCacheConfig
+	news chan struct{} // holds one element when want has changed
 
 	mu      sync.Mutex // guards everything below
-	want    *cache.Config
+	want    *cacheOrder
 	running *cache.Cache
 	failure error
 	metrics *prometheus.Registry // of the running cache
 }
 
-func newNodeCache(dir, listen, containerd string, log *slog.Logger) (*nodeCache, error) {
-	host, _, err := net.SplitHostPort(listen)
+// cacheOrder is what a cache is told.
+type cacheOrder struct {
+	cache.Config
+
+	images    []string // to prefetch
+	bandwidth int64    // for it
+}
+
+// apart reports whether the cache has to begin anew to follow b.
+func (a cacheOrder) apart(b cacheOrder) bool {
+	return a.MaxSize != b.MaxSize || a.MinFreeDisk != b.MinFreeDisk
+}
+
+func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
+	host, _, err := net.SplitHostPort(c.listen)
 	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
-		return nil, fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", listen)
+		return nil, fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", c.listen)
 	}
-	if dir == "" {
+	if c.dir == "" {
 		return nil, errors.New("no directory for the cache: give one with --data")
 	}
-	return &nodeCache{dir: dir, listen: listen, containerd: containerd, log: log, news: make(chan struct{}, 1)}, nil
+	return &nodeCache{nodeCacheConfig: c, news: make(chan struct{}, 1)}, nil
 }
 
 // Configure implements daemon.Cache.
 func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) error {
-	want := cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log}
+	want := cacheOrder{
+		Config: cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log},
+		images: c.PrefetchFor(n.node),
+	}
+	if q := c.NodeCache.PrefetchBandwidth; q != nil {
+		want.bandwidth = q.Value()
+	}
 	if q := c.NodeCache.MaxSize; q != nil {
 		want.MaxSize = q.Value()
 	}
 	if q := c.NodeCache.MinFreeDisk; q != nil {
 		want.MinFreeDisk = q.Value()
 	}
-	if _, err := cache.New(want); err != nil {
+	if _, err := cache.New(want.Config); err != nil {
 		return err
 	}
 	n.mu.Lock()
@@ -142,12 +168,13 @@ func (n *nodeCache) run(ctx context.Context) {
 
 // serve runs one cache. It returns nil when ctx ends or the cache has to be made
 // anew.
-func (n *nodeCache) serve(ctx context.Context, config cache.Config) error {
+func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
 	var lc net.ListenConfig
 	listener, err := lc.Listen(ctx, "tcp", n.listen)
 	if err != nil {
 		return fmt.Errorf("taking the address for --cache-listen: %w: stop what uses it or give another address", err)
 	}
+	config := order.Config
 	config.Listener = listener
 	metrics := prometheus.NewRegistry()
 	config.Metrics = metrics
@@ -159,6 +186,7 @@ func (n *nodeCache) serve(ctx context.Context, config cache.Config) error {
 	n.mu.Lock()
 	n.running, n.failure, n.metrics = c, nil, metrics
 	n.mu.Unlock()
+	c.SetPrefetch(order.images, order.bandwidth)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan error, 1)
@@ -172,12 +200,16 @@ func (n *nodeCache) serve(ctx context.Context, config cache.Config) error {
 		n.mu.Lock()
 		want := *n.want
 		n.mu.Unlock()
-		if want.MaxSize != config.MaxSize || want.MinFreeDisk != config.MinFreeDisk {
+		if want.apart(order) {
 			cancel()
 			return <-ended
 		}
 		if err := c.SetRegistries(want.Registries); err != nil {
 			n.log.Error("the cache keeps what it was told before", "error", err)
 		}
+		if !slices.Equal(want.images, order.images) || want.bandwidth != order.bandwidth {
+			c.SetPrefetch(want.images, want.bandwidth)
+		}
+		order = want
 	}
 }

@@ -32,7 +32,7 @@ func TestNodeCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	address := taken.Addr().String()
-	n, err := newNodeCache(t.TempDir(), address, "", slog.New(slog.DiscardHandler))
+	n, err := newNodeCache(nodeCacheConfig{dir: t.TempDir(), listen: address, log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +112,7 @@ func TestNodeCache(t *testing.T) {
 
 func TestNodeCacheRefuses(t *testing.T) {
 	for _, address := range []string{"0.0.0.0:5050", "192.0.2.1:5050", "localhost:5050", "nonsense"} {
-		if _, err := newNodeCache(t.TempDir(), address, "", slog.Default()); err == nil {
+		if _, err := newNodeCache(nodeCacheConfig{dir: t.TempDir(), listen: address, log: slog.Default()}); err == nil {
 			t.Errorf("%s: no error", address)
 		}
 	}

@@ -32,6 +32,7 @@ type Cache struct {
 	peers      *peers // nil: other nodes are not asked
 	pseudonym  string // in Via
 	registries atomic.Pointer[map[string]*registry]
+	wanted     atomic.Pointer[wanted]
 	disk       atomic.Pointer[disk] // nil while not running
 	manifests  manifestCache
 	faults     faults
@@ -79,6 +80,7 @@ func New(cfg Config) (*Cache, error) {
 		c.peers = &peers{cfg: *cfg.Peer, id: newIdentity(*cfg.Peer, c.log), ask: c.asker}
 		c.peers.ask.timeouts.Retry = peerRetry
 	}
+	c.wanted.Store(&wanted{replaced: make(chan struct{})})
 	return c, c.SetRegistries(cfg.Registries)
 }
 
@@ -149,6 +151,10 @@ func (c *Cache) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		d.store.scrub(running)
+		return nil
+	})
+	g.Go(func() error {
+		c.keepPrefetched(running)
 		return nil
 	})
 	if c.cfg.Listener != nil {

@@ -21,6 +21,7 @@ type metrics struct {
 	corrupt      *prometheus.CounterVec // source
 	staleTags    prometheus.Counter
 	hedges       prometheus.Counter
+	prefetch     *prometheus.GaugeVec // state
 	storedBytes  prometheus.GaugeFunc
 	storedBlobs  prometheus.GaugeFunc
 
@@ -45,6 +46,12 @@ func (m *metrics) sent(how outcome, n int64) {
 		return
 	}
 	m.served.WithLabelValues(how.source).Add(float64(n))
+}
+
+// prefetched says how many of the images that SetPrefetch asked for are here.
+func (m *metrics) prefetched(present, missing int) {
+	m.prefetch.WithLabelValues("present").Set(float64(present))
+	m.prefetch.WithLabelValues("missing").Set(float64(missing))
 }
 
 // newMetrics registers the collectors with reg unless that is nil. usage tells
@@ -80,6 +87,9 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 			_, blobs := usage()
 			return float64(blobs)
 		}),
+		prefetch: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: prefix + "prefetch_images", Help: "Images that are wanted here before they are needed, by whether they were complete when last looked at.",
+		}, []string{"state"}),
 		inFlight: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: prefix + "fills_in_flight", Help: "Blobs being downloaded.",
 		}),
@@ -95,7 +105,7 @@ func newMetrics(reg prometheus.Registerer, usage func() (bytes int64, blobs int)
 	}
 	for _, c := range []prometheus.Collector{
 		m.requests, m.refusals, m.served, m.fetched, m.fromPeers, m.failures, m.inFlight, m.fillSeconds,
-		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.hedges, m.storedBytes, m.storedBlobs,
+		m.evicted, m.evictedBytes, m.corrupt, m.staleTags, m.hedges, m.prefetch, m.storedBytes, m.storedBlobs,
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("cache: registering metrics: %w", err)

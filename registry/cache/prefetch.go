@@ -31,21 +31,25 @@ import (
 //
 // The error joins those of the images that are not complete.
 func (c *Cache) Prefetch(ctx context.Context, images []string, bandwidth int64) error {
+	return errors.Join(c.prefetchAll(ctx, images, bandwidth)...)
+}
+
+// prefetchAll returns an error for each image that is not complete.
+func (c *Cache) prefetchAll(ctx context.Context, images []string, bandwidth int64) (failed []error) {
 	if !c.enter() {
-		return errors.New("prefetching: the cache is not running")
+		return []error{errors.New("prefetching: the cache is not running")}
 	}
 	defer c.requests.Done()
 	p := prefetch{cache: c, disk: c.disk.Load()}
 	if bandwidth > 0 {
 		p.limit = rate.NewLimiter(rate.Limit(bandwidth), fillChunk)
 	}
-	var failed []error
 	for _, name := range images {
 		if err := p.image(ctx, name); err != nil {
 			failed = append(failed, fmt.Errorf("prefetching %s: %w", name, err))
 		}
 	}
-	return errors.Join(failed...)
+	return failed
 }
 
 type prefetch struct {
@@ -84,7 +88,7 @@ func (p *prefetch) image(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	reg := (*p.cache.registries.Load())[host]
+	reg := (*p.cache.registries.Load())[strings.ToLower(host)]
 	if reg == nil {
 		return fmt.Errorf("the cache does not answer for %s", host)
 	}
@@ -201,6 +205,7 @@ func (p *prefetch) blob(ctx context.Context, rq *request, d digest.Digest) error
 	var err error
 	for range 2 + len(rq.registry.upstreams) {
 		if p.disk.store.has(d) {
+			p.disk.store.touch(d) // what is wanted is not evicted before the rest
 			return nil
 		}
 		if _, ok := p.disk.content.size(ctx, d); ok {
@@ -242,7 +247,7 @@ func (p *prefetch) authorize(ctx context.Context, reg *registry, repo string, ch
 			return p.token(ctx, reg, repo, basic, challengeParams(params))
 		}
 	}
-	return "", errors.New("the registry asks for credentials: name a Secret with some for this node")
+	return "", errors.New("the registry asks for credentials, of which this node has none: let everybody read it (anonymousPull)")
 }
 
 // challengeParams reads the parameters of a challenge (RFC 9110, section 11.2).

@@ -50,6 +50,7 @@ type loop struct {
 	source   *syncer.Source              // of the last job
 	job      *job                        // the last one that could be made
 	problem  string                      // the last that was logged
+	fleet    fleet
 
 	mu    sync.Mutex
 	found *findings // nil until the first reconciliation ended
@@ -242,6 +243,9 @@ func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader)
 	l.setJob(ctx, f, secrets)
 	f.source = l.source
 	f.rendering = errors.Join(l.renderReplica(ctx, f.cr, names, secrets), l.renderNode(ctx, f.cr, svc))
+	if needsFleet(&f.cr.Spec) {
+		again = sooner(again, fleetInterval)
+	}
 	l.logProblem(ctx, f)
 	if f.rendering != nil {
 		again = sooner(again, maxRetry)
@@ -305,7 +309,15 @@ func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry
 }
 
 func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service) error {
-	c, err := nodeConfiguration(&cr.Spec, svc, l.source)
+	every := resyncInterval
+	if needsFleet(&cr.Spec) {
+		every = fleetInterval
+	}
+	fleetErr := l.lookAtNodes(ctx, every)
+	if fleetErr != nil && l.fleet.at.IsZero() && needsFleet(&cr.Spec) {
+		return fleetErr // nodes go on with what they were told before
+	}
+	c, err := nodeConfiguration(&cr.Spec, svc, l.source, &l.fleet)
 	if err != nil {
 		return err
 	}
@@ -313,7 +325,7 @@ func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, s
 	if err != nil {
 		return err
 	}
-	return l.writeConfigMap(ctx, cr, map[string]string{keyNode: string(data)})
+	return errors.Join(fleetErr, l.writeConfigMap(ctx, cr, map[string]string{keyNode: string(data)}))
 }
 
 // subjects are what a reconciliation depends on: the Secrets that it read, among

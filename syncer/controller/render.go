@@ -178,7 +178,7 @@ func signingSecret(given, now []byte) ([]byte, error) {
 }
 
 // nodeConfiguration is what nodes are told.
-func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source) (*v1alpha1.NodeConfiguration, error) {
+func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f *fleet) (*v1alpha1.NodeConfiguration, error) {
 	address, err := s.address()
 	if err != nil {
 		return nil, err
@@ -194,8 +194,15 @@ func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source) (*
 		SystemTrust:      spec.TrustDistribution.SystemTrust == nil || *spec.TrustDistribution.SystemTrust,
 		Mirrors:          syncer.NodeMirrors(spec, source),
 		NodeCache:        spec.NodeCache,
+		Prefetch:         prefetch(spec.Mirrors, f),
 		ConfigureRuntime: spec.TrustDistribution.ConfigureRuntime,
 		LogLevel:         spec.LogLevel,
+	}
+	for i := range c.Mirrors {
+		c.Mirrors[i].Prefetch = nil
+	}
+	if spec.NodeCache.Peers {
+		c.Peers = f.peers()
 	}
 	if !spec.TLS.Disabled {
 		c.CASecrets = []v1alpha1.CASecret{{Name: certificates.CASecret}}

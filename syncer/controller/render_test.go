@@ -55,7 +55,7 @@ func TestNodeConfiguration(t *testing.T) {
 		{"node-plain-http.yaml", load(t, "  tls: {disabled: true}\n  trustDistribution: {disabled: true}\n"), odd, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			c, err := nodeConfiguration(&test.cr.Spec, test.service, test.source)
+			c, err := nodeConfiguration(&test.cr.Spec, test.service, test.source, &fleet{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,7 +74,7 @@ func TestNodeConfiguration(t *testing.T) {
 	}
 	headless := testService()
 	headless.clusterIPs = nil
-	if _, err := nodeConfiguration(&full.Spec, headless, source); err == nil || !strings.Contains(err.Error(), "no cluster IP") {
+	if _, err := nodeConfiguration(&full.Spec, headless, source, &fleet{}); err == nil || !strings.Contains(err.Error(), "no cluster IP") {
 		t.Errorf("without a cluster IP: %v", err)
 	}
 }
