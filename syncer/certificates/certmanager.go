@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/trust"
@@ -57,6 +59,11 @@ func (r *run) certManager(s secrets, o observed) offer {
 	roots, _, err := trust.ParseBundle(s.root.Data[corev1.TLSCertKey], o.now)
 	if err != nil {
 		return offer{fault: &fault{reason: "RootUnusable", message: "secret " + RootSecret + ": tls.crt: " + err.Error(), retry: laggingPoll}}
+	}
+	for _, made := range []*corev1.Secret{s.root, s.issued} {
+		if made != nil && certManagerMade(made) && !r.owns(made) {
+			return offer{roots: roots, prepare: r.own(made)}
+		}
 	}
 	offered := offer{roots: roots}
 	awaiting := "waiting for cert-manager to issue the serving certificate: see certificate " + issuedCertificate
@@ -184,6 +191,30 @@ func anys(list []string) []any {
 		all[i] = s
 	}
 	return all
+}
+
+// own has a Secret of cert-manager's, which cert-manager would leave behind, go
+// with the resource.
+func (r *run) own(secret *corev1.Secret) *write {
+	return &write{what: "owning secret " + secret.Name, do: func(ctx context.Context) error {
+		owner := r.owner()
+		owner.Controller, owner.BlockOwnerDeletion = nil, nil
+		patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+			"uid": secret.UID, "ownerReferences": []metav1.OwnerReference{owner},
+		}})
+		if err != nil {
+			return err
+		}
+		_, err = r.Client.CoreV1().Secrets(secret.Namespace).Patch(ctx, secret.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{})
+		if err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("owning secret %s/%s: %w", secret.Namespace, secret.Name, err)
+		}
+		return nil
+	}}
+}
+
+func (r *run) owns(secret *corev1.Secret) bool {
+	return slices.ContainsFunc(secret.OwnerReferences, func(o metav1.OwnerReference) bool { return o.UID == r.cr.UID })
 }
 
 // certManagerMade reports whether cert-manager wrote the Secret for us.

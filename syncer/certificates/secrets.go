@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -76,7 +77,8 @@ func (r *run) put(ctx context.Context, have *corev1.Secret, name string, kind co
 	next.Data = data
 	next.Labels = with(next.Labels, map[string]string{labelManagedBy: managedBy})
 	next.Annotations = with(next.Annotations, annotations)
-	if !metav1.IsControlledBy(next, r.cr) && metav1.GetControllerOf(next) == nil {
+	if metav1.GetControllerOf(next) == nil {
+		next.OwnerReferences = slices.DeleteFunc(next.OwnerReferences, func(o metav1.OwnerReference) bool { return o.UID == r.cr.UID })
 		next.OwnerReferences = append(next.OwnerReferences, r.owner())
 	}
 	if _, err := client.Update(ctx, next, metav1.UpdateOptions{}); err != nil {

@@ -302,6 +302,11 @@ func TestCertManagerMissing(t *testing.T) {
 	if w.bundle().Equal(before) || !w.bundle().Equal(a.Bundle()) {
 		t.Error("nothing came of what cert-manager issued")
 	}
+	for _, name := range []string{RootSecret, IssuedSecret} {
+		if refs := w.secret(name).OwnerReferences; len(refs) != 1 || refs[0].UID != w.cr.UID || refs[0].Controller != nil {
+			t.Errorf("%s would be left behind: %v", name, refs)
+		}
+	}
 	// A root that changes has the serving certificate issued again.
 	b := newAuthority(t, w.now)
 	if cert, key, err = b.PEM(); err != nil {
@@ -318,6 +323,9 @@ func TestCertManagerMissing(t *testing.T) {
 	// And back: what cert-manager holds is taken over.
 	w.cr.Spec.TLS.Source = v1alpha1.TLSSourceBuiltIn
 	w.settle()
+	if refs := w.secret(RootSecret).OwnerReferences; len(refs) != 1 || refs[0].Controller == nil {
+		t.Errorf("owners of the CA that was taken over: %v", refs)
+	}
 	if root := w.secret(RootSecret); certManagerMade(root) || len(w.bundle().Certificates()) != 1 || w.bundle().Equal(b.Bundle()) {
 		t.Error("cert-manager's CA stays")
 	}

@@ -190,6 +190,15 @@ func checkIssued(t *testing.T, s *site) {
 			t.Error(err)
 		}
 	}
+	for _, name := range []string{certificates.RootSecret, certificates.IssuedSecret, certificates.TLSSecret, certificates.CASecret} {
+		secret, err := s.kube.CoreV1().Secrets(namespace).Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(secret.OwnerReferences) != 1 || secret.OwnerReferences[0].Kind != v1alpha1.Kind {
+			t.Errorf("%s would be left behind: %v", name, secret.OwnerReferences)
+		}
+	}
 	secret, err := s.kube.CoreV1().Secrets(namespace).Get(t.Context(), certificates.CASecret, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
