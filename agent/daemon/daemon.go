@@ -49,6 +49,9 @@ type Config struct {
 	// empty: there is none.
 	Cache    Cache
 	CacheURL string
+	// PeerAddress is where other nodes reach the cache, IP:port, while the
+	// configuration lets nodes ask one another. Empty: they do not.
+	PeerAddress string
 	// RemoveStartupTaint takes StartupTaint from the node once that is
 	// configured, which needs get and patch on it. False: nothing of the node's
 	// object is touched.

@@ -13,6 +13,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
 
 // What an agent says in its Lease.
@@ -159,7 +161,7 @@ func (l lease) write(ctx context.Context, annotations map[string]string) error {
 // patch takes what is not said any more away.
 func (l lease) patch(annotations map[string]string, now time.Time) ([]byte, error) {
 	said := make(map[string]any)
-	for _, key := range []string{AnnotationFingerprints, AnnotationConfiguration, AnnotationError, AnnotationRuntime, AnnotationVersion, AnnotationCleaned} {
+	for _, key := range []string{AnnotationFingerprints, AnnotationConfiguration, AnnotationError, AnnotationRuntime, AnnotationVersion, AnnotationCleaned, v1alpha1.AnnotationPeerAddress} {
 		said[key] = nil
 		if value, ok := annotations[key]; ok {
 			said[key] = value

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/connected-registry/connected-registry/agent"
+	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/trust"
 )
 
@@ -197,6 +198,9 @@ func (d *Daemon) annotations() map[string]string {
 	put(AnnotationConfiguration, d.acked.configuration)
 	put(AnnotationFingerprints, d.acked.fingerprints)
 	put(AnnotationRuntime, d.found.Report)
+	if d.config != nil && d.config.NodeCache.Peers && !d.leave.wanted {
+		put(v1alpha1.AnnotationPeerAddress, d.cfg.PeerAddress)
+	}
 	var wrong []string
 	for _, key := range slices.Sorted(maps.Keys(d.faults)) {
 		if f := d.faults[key]; !f.note {

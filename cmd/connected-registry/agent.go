@@ -55,6 +55,8 @@ type agentFlags struct {
 	startupTaint                 bool
 	data, containerd             string
 	cacheListen, healthListen    string
+	nodeIP, peerTLS              string
+	peerPort                     uint16
 	secretGrace                  time.Duration
 	once                         bool
 	cas                          []string
@@ -74,6 +76,9 @@ func (f *agentFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.containerd, "containerd", "", "containerd's socket, for the cache to read what containerd has already (default: the usual ones inside NODE-ROOT)")
 	flags.StringVar(&f.cacheListen, "cache-listen", "127.0.0.1:5050", "loopback address of the cache; empty for no cache")
 	flags.StringVar(&f.healthListen, "health-listen", "127.0.0.1:8082", "address of /healthz, /readyz and /metrics; empty for none")
+	flags.Uint16Var(&f.peerPort, "peer-port", 0, "port at which the caches of other nodes are served, where the configuration lets nodes ask one another; 0 for none")
+	flags.StringVar(&f.nodeIP, "node-ip", "", "the node's own IP address, for --peer-port (default $NODE_IP)")
+	flags.StringVar(&f.peerTLS, "peer-tls", "", "directory with tls.crt, tls.key and ca.crt, by which the caches of nodes know one another")
 	flags.DurationVar(&f.secretGrace, "secret-grace", 10*time.Minute, "how long the certificates of a deleted Secret stay trusted")
 	flags.BoolVar(&f.once, "once", false, "configure the node from --config and --ca, without Kubernetes, and end")
 	flags.StringArrayVar(&f.cas, "ca", nil, "with --once: file with CA certificates of the registry; may be repeated")
@@ -131,6 +136,10 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	peer, err := peerAddress(cmp.Or(f.nodeIP, os.Getenv("NODE_IP")), f.peerPort)
+	if err != nil {
+		return err
+	}
 	host, _ := os.Hostname() // in a pod, the pod's name, unless it has the host's network
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
@@ -142,6 +151,7 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 		Pod:       cmp.Or(f.pod, os.Getenv("POD_NAME"), host),
 		CacheURL:  f.cacheURL(),
 
+		PeerAddress:        peer,
 		RemoveStartupTaint: f.startupTaint,
 
 		SecretGrace: f.secretGrace,
@@ -154,7 +164,8 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	var nodeCache *nodeCache
 	if f.cacheListen != "" {
 		if nodeCache, err = newNodeCache(nodeCacheConfig{
-			dir: f.cacheDir(), listen: f.cacheListen, containerd: f.containerdSocket(), node: config.Node, log: log,
+			dir: f.cacheDir(), listen: f.cacheListen, containerd: f.containerdSocket(),
+			node: config.Node, peer: peer, peerTLS: f.peerTLS, log: log,
 		}); err != nil {
 			return err
 		}

@@ -29,6 +29,8 @@ type nodeCacheConfig struct {
 	dir, listen string
 	containerd  string // its socket; empty: it is not asked
 	node        string // its name in the cluster; empty: it has none
+	peer        string // IP:port at which other nodes are served; empty: they are not
+	peerTLS     string // directory with tls.crt, tls.key and ca.crt for that
 	log         *slog.Logger
 }
 
@@ -52,11 +54,13 @@ type cacheOrder struct {
 
 	images    []string // to prefetch
 	bandwidth int64    // for it
+	peering   bool     // nodes ask one another
+	peers     []cache.Peer
 }
 
 // apart reports whether the cache has to begin anew to follow b.
 func (a cacheOrder) apart(b cacheOrder) bool {
-	return a.MaxSize != b.MaxSize || a.MinFreeDisk != b.MinFreeDisk
+	return a.MaxSize != b.MaxSize || a.MinFreeDisk != b.MinFreeDisk || a.peering != b.peering
 }
 
 func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
@@ -67,14 +71,19 @@ func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
 	if c.dir == "" {
 		return nil, errors.New("no directory for the cache: give one with --data")
 	}
+	if err := c.validPeering(); err != nil {
+		return nil, err
+	}
 	return &nodeCache{nodeCacheConfig: c, news: make(chan struct{}, 1)}, nil
 }
 
 // Configure implements daemon.Cache.
 func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) error {
 	want := cacheOrder{
-		Config: cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log},
-		images: c.PrefetchFor(n.node),
+		Config:  cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log},
+		images:  c.PrefetchFor(n.node),
+		peering: c.NodeCache.Peers && n.peer != "",
+		peers:   peersOf(c),
 	}
 	if q := c.NodeCache.PrefetchBandwidth; q != nil {
 		want.bandwidth = q.Value()
@@ -178,23 +187,40 @@ func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
 	config.Listener = listener
 	metrics := prometheus.NewRegistry()
 	config.Metrics = metrics
+	var noPeers error
+	if order.peering {
+		config.Peer, noPeers = n.listenPeers(ctx)
+	}
 	c, err := cache.New(config)
 	if err != nil {
 		listener.Close()
+		if config.Peer != nil {
+			config.Peer.Listener.Close()
+		}
 		return err
 	}
 	n.mu.Lock()
-	n.running, n.failure, n.metrics = c, nil, metrics
+	n.running, n.failure, n.metrics = c, noPeers, metrics
 	n.mu.Unlock()
 	c.SetPrefetch(order.images, order.bandwidth)
+	n.tellPeers(c, order.peers)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	peersCome := make(chan error, 1)
+	if noPeers != nil {
+		go func() { peersCome <- n.awaitPeers(ctx) }()
+		defer func() { cancel(); <-peersCome }()
+	}
 	ended := make(chan error, 1)
 	go func() { ended <- c.Run(ctx) }()
 	for {
 		select {
 		case err := <-ended:
 			return err
+		case err := <-peersCome:
+			peersCome <- err // for the end
+			cancel()
+			return <-ended
 		case <-n.news:
 		}
 		n.mu.Lock()
@@ -210,6 +236,7 @@ func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
 		if !slices.Equal(want.images, order.images) || want.bandwidth != order.bandwidth {
 			c.SetPrefetch(want.images, want.bandwidth)
 		}
+		n.tellPeers(c, want.peers)
 		order = want
 	}
 }

@@ -242,7 +242,7 @@ func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader)
 	f.loginServer = names[0]
 	l.setJob(ctx, f, secrets)
 	f.source = l.source
-	f.rendering = errors.Join(l.renderReplica(ctx, f.cr, names, secrets), l.renderNode(ctx, f.cr, svc))
+	f.rendering = errors.Join(l.renderReplica(ctx, f.cr, names, secrets), l.renderPeers(ctx, f.cr, secrets), l.renderNode(ctx, f.cr, svc))
 	if needsFleet(&f.cr.Spec) {
 		again = sooner(again, fleetInterval)
 	}
@@ -305,7 +305,7 @@ func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry
 	if data == nil {
 		return problem
 	}
-	return errors.Join(problem, l.writeSecret(ctx, cr, was, data))
+	return errors.Join(problem, l.writeSecret(ctx, cr, ReplicaSecret, was, data))
 }
 
 func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service) error {

@@ -106,14 +106,15 @@ func own(o *metav1.ObjectMeta, cr *v1alpha1.ConnectedRegistry) (changed bool) {
 	return changed
 }
 
-// writeSecret makes ReplicaSecret hold data. Equal content is not written.
-func (l *loop) writeSecret(ctx context.Context, cr *v1alpha1.ConnectedRegistry, was *corev1.Secret, data map[string][]byte) error {
+// writeSecret makes a Secret hold data; was is what there is of it. Equal content
+// is not written.
+func (l *loop) writeSecret(ctx context.Context, cr *v1alpha1.ConnectedRegistry, name string, was *corev1.Secret, data map[string][]byte) error {
 	api := l.config.Client.CoreV1().Secrets(l.config.Namespace)
 	if was == nil {
-		s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: l.config.Namespace, Name: ReplicaSecret}, Data: data}
+		s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: l.config.Namespace, Name: name}, Data: data}
 		own(&s.ObjectMeta, cr)
 		_, err := withRequestTime(ctx, func(ctx context.Context) (*corev1.Secret, error) { return api.Create(ctx, s, metav1.CreateOptions{}) })
-		return written("Secret", ReplicaSecret, err)
+		return written("Secret", name, err)
 	}
 	s := was.DeepCopy()
 	if !own(&s.ObjectMeta, cr) && reflect.DeepEqual(s.Data, data) {
@@ -121,7 +122,7 @@ func (l *loop) writeSecret(ctx context.Context, cr *v1alpha1.ConnectedRegistry, 
 	}
 	s.Data = data
 	_, err := withRequestTime(ctx, func(ctx context.Context) (*corev1.Secret, error) { return api.Update(ctx, s, metav1.UpdateOptions{}) })
-	return written("Secret", ReplicaSecret, err)
+	return written("Secret", name, err)
 }
 
 // writeConfigMap makes NodeConfigMap hold data. Equal content is not written.
