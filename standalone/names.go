@@ -84,6 +84,26 @@ func bracketed(host string) string {
 	return host
 }
 
+// prefetched are the images that the cache is to hold before they are needed:
+// those for every node, since a node by itself has no labels. bandwidth is for
+// bringing them, in bytes per second; 0: no limit.
+func prefetched(spec *v1alpha1.Spec) (images []string, bandwidth int64) {
+	if q := spec.NodeCache.PrefetchBandwidth; q != nil {
+		bandwidth = q.Value()
+	}
+	for _, m := range spec.Mirrors {
+		for _, p := range m.Prefetch {
+			if len(p.NodeSelector) > 0 {
+				continue
+			}
+			for _, image := range p.Images {
+				images = append(images, m.Registry+"/"+image)
+			}
+		}
+	}
+	return images, bandwidth
+}
+
 // mirrors are the registries that nodes are to ask us for first.
 func mirrors(spec *v1alpha1.Spec, source *syncer.Source) []agent.Mirror {
 	var all []agent.Mirror

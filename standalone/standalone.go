@@ -361,7 +361,9 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 	if limits.MinFreeDisk != nil {
 		config.MinFreeDisk = limits.MinFreeDisk.Value()
 	}
-	s.Cache, err = cache.New(config)
+	if s.Cache, err = cache.New(config); err == nil {
+		s.Cache.SetPrefetch(prefetched(&c.Resource.Spec))
+	}
 	return err
 }
 

@@ -3,6 +3,7 @@ package controller
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -148,6 +149,10 @@ func TestNodesChange(t *testing.T) {
 			}
 		}
 		label("node-1", "yes")
+		var away atomic.Bool
+		api.PrependReactor("list", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return away.Load(), nil, errors.New("no route to host")
+		})
 		stop := w.run(w.config)
 		time.Sleep(10 * time.Second)
 		want := []v1alpha1.NodePrefetch{{Images: []string{"docker.io/team/cuda:12"}, Nodes: []string{"node-1"}}}
@@ -165,10 +170,7 @@ func TestNodesChange(t *testing.T) {
 		}
 
 		// While nodes cannot be asked about, what is known of them stays.
-		away := true
-		api.PrependReactor("list", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
-			return away, nil, errors.New("no route to host")
-		})
+		away.Store(true)
 		label("node-2", "no")
 		time.Sleep(5 * fleetInterval)
 		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
@@ -182,7 +184,7 @@ func TestNodesChange(t *testing.T) {
 		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
 			t.Errorf("with the API server away from the beginning (-want +got):\n%s", diff)
 		}
-		away = false
+		away.Store(false)
 		time.Sleep(3 * fleetInterval)
 		want[0].Nodes = []string{"node-1"}
 		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
@@ -216,9 +218,9 @@ func TestLeasesOfNodesThatAreGone(t *testing.T) {
 			}
 			return err == nil
 		}
-		var conditions *metav1.Preconditions
+		var conditions atomic.Pointer[metav1.Preconditions]
 		w.kube.PrependReactor("delete", "leases", func(a clienttesting.Action) (bool, runtime.Object, error) {
-			conditions = a.(clienttesting.DeleteActionImpl).DeleteOptions.Preconditions
+			conditions.Store(a.(clienttesting.DeleteActionImpl).DeleteOptions.Preconditions)
 			return false, nil, nil
 		})
 		stop := w.run(w.config)
@@ -230,7 +232,7 @@ func TestLeasesOfNodesThatAreGone(t *testing.T) {
 		if exists("gone") || !exists("here") {
 			t.Errorf("gone %v, here %v", exists("gone"), exists("here"))
 		}
-		if conditions == nil || conditions.ResourceVersion == nil || conditions.UID == nil {
+		if c := conditions.Load(); c == nil || c.ResourceVersion == nil || c.UID == nil {
 			t.Error("a Lease that was renewed meanwhile would be removed as well")
 		}
 		if err := stop(); err != nil {
