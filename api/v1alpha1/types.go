@@ -347,8 +347,10 @@ type TLS struct {
 	// Source is who makes it. Default BuiltIn.
 	Source TLSSource `json:"source,omitempty"`
 	// SecretName is the operator's Secret with the keys tls.crt and tls.key, and
-	// ca.crt unless the certificate is self-signed. Only with source Secret,
-	// and required there.
+	// ca.crt unless the certificate is self-signed or a public CA's. Replicas
+	// serve a copy of it, which follows once every node trusts its CA; only a
+	// Secret named connected-registry-tls they serve themselves, at once. Only
+	// with source Secret, and required there.
 	SecretName string `json:"secretName,omitempty"`
 	// Disabled serves plain HTTP. Nodes must be told by hand then.
 	Disabled bool `json:"disabled,omitempty"`
