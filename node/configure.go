@@ -132,7 +132,7 @@ func (c *configurer) change(ctx context.Context) error {
 	}
 	if c.Restarter == nil {
 		if c.Restarter, err = NewRestarter(c.NodeRoot, d); err != nil {
-			return err
+			return withSteps(err, p)
 		}
 	}
 	rt, err := c.connect(d)
@@ -152,6 +152,14 @@ func (c *configurer) change(ctx context.Context) error {
 	}
 	_, err = c.store.Undo(ctx, pendingFile)
 	return err
+}
+
+// withSteps adds to the reason why nothing was changed what a person can do.
+func withSteps(err error, p Plan) error {
+	if len(p.Steps) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w; nothing was changed, and this is to be done: %s", err, strings.Join(p.Steps, "; "))
 }
 
 // connect finds the runtime by which the change can be checked.

@@ -96,3 +96,24 @@ func buildInit(t *testing.T) []byte {
 	}
 	return program
 }
+
+// TestNothingRestarts: where nobody can restart the runtime, its configuration
+// stays, and a person is told all that is to be done.
+func TestNothingRestarts(t *testing.T) {
+	root := t.TempDir()
+	name := filepath.Join(root, defaultConfig)
+	const config = "version = 3\n"
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := Configure(t.Context(), Config{NodeRoot: root, Allowed: true})
+	if err == nil || !strings.Contains(err.Error(), "by hand") || !strings.Contains(err.Error(), defaultConfig) || !strings.Contains(err.Error(), "config_path") {
+		t.Errorf("%v, which does not tell of both steps", err)
+	}
+	if got, err := os.ReadFile(name); err != nil || string(got) != config {
+		t.Errorf("the configuration is now %q, %v", got, err)
+	}
+}

@@ -42,6 +42,7 @@ func toolsets() []toolset {
 		{name: "cni", module: "tools/cni", packages: []string{"tool"}},
 		{name: "runc", module: "tools/runc", packages: []string{"tool"}, cgo: true, tags: "seccomp"},
 		{name: "containerd", module: "tools/containerd", packages: []string{"tool"}},
+		{name: "containerd17", module: "tools/containerd17", packages: []string{"tool"}},
 		{name: "helm", module: "tools/helm", packages: []string{"tool"}},
 		{name: "kubernetes", module: "tools/kubernetes", packages: []string{"tool", "./etcd"}, sources: []string{"etcd"}},
 		{
@@ -149,6 +150,12 @@ func (s toolset) flags(source string) ([]string, error) {
 			return nil, err
 		}
 		ldflags += " -X github.com/containerd/containerd/v2/version.Version=" + v
+	case "containerd17":
+		v, err := required(mod, "github.com/containerd/containerd")
+		if err != nil {
+			return nil, err
+		}
+		ldflags += " -X github.com/containerd/containerd/version.Version=" + v
 	}
 	flags := []string{"-ldflags=" + ldflags}
 	if s.tags != "" {

@@ -38,6 +38,9 @@ type Config struct {
 	Dir string
 	// Nodes is how many nodes to start with. Zero: 2. Negative: none.
 	Nodes int
+	// Layouts are those of the first nodes, in order. Every further node has
+	// the zero Layout.
+	Layouts []Layout
 	// CertManager installs cert-manager's resource definitions and runs its
 	// controllers beside the control plane.
 	CertManager bool
@@ -66,6 +69,11 @@ func (c Config) withDefaults() (Config, error) {
 		c.Nodes = 0
 	case c.Nodes > maxNodes:
 		return c, fmt.Errorf("%d nodes: at most %d", c.Nodes, maxNodes)
+	}
+	for _, l := range c.Layouts {
+		if _, ok := layouts[l]; !ok {
+			return c, fmt.Errorf("unknown layout %q", l)
+		}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -158,7 +166,7 @@ func Open(ctx context.Context, config Config) (*Cluster, error) {
 	}
 	for _, m := range st.Machines {
 		if m.Number > 0 {
-			c.nodes = append(c.nodes, &Node{cluster: c, name: m.Name, number: m.Number})
+			c.nodes = append(c.nodes, &Node{cluster: c, name: m.Name, number: m.Number, layout: layouts[m.Layout]})
 		}
 	}
 	return c, nil

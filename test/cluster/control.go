@@ -28,8 +28,12 @@ func (c *Cluster) start(ctx context.Context, config Config) error {
 	if err := c.startControlPlane(ctx, config.CertManager); err != nil {
 		return err
 	}
-	for range config.Nodes {
-		if _, err := c.addNode(ctx); err != nil {
+	for i := range config.Nodes {
+		var l Layout
+		if i < len(config.Layouts) {
+			l = config.Layouts[i]
+		}
+		if _, err := c.addNode(ctx, l); err != nil {
 			return err
 		}
 	}

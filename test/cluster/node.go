@@ -22,7 +22,6 @@ const (
 	// binDir is where nodes see the compiled programs.
 	binDir   = "/opt/cluster"
 	logDir   = "/var/log/cluster"
-	socket   = "/run/containerd/containerd.sock"
 	pauseRef = "connected-registry.test/pause:1"
 )
 
@@ -31,6 +30,7 @@ type Node struct {
 	cluster *Cluster
 	name    string
 	number  int
+	layout  layout
 	booted  time.Time // guarded by cluster.mu
 }
 
@@ -104,7 +104,7 @@ func (n *Node) manager() machine.Client { return n.cluster.manager(n.name) }
 // its logs.
 func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	c.mu.Lock()
-	n, err := c.addNode(ctx)
+	n, err := c.addNode(ctx, "")
 	c.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -112,13 +112,13 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	return n, n.waitReady(ctx)
 }
 
-func (c *Cluster) addNode(ctx context.Context) (*Node, error) {
+func (c *Cluster) addNode(ctx context.Context, l Layout) (*Node, error) {
 	number := len(c.nodes) + 1
 	if number > maxNodes {
 		return nil, fmt.Errorf("the cluster has %d nodes already", maxNodes)
 	}
-	n := &Node{cluster: c, name: nodeName(number), number: number}
-	c.state.Machines = append(c.state.Machines, machineState{Name: n.name, Number: number})
+	n := &Node{cluster: c, name: nodeName(number), number: number, layout: layouts[l]}
+	c.state.Machines = append(c.state.Machines, machineState{Name: n.name, Number: number, Layout: l})
 	if err := c.store.write(c.state); err != nil {
 		return nil, err
 	}
@@ -215,7 +215,7 @@ func (n *Node) load(ctx context.Context, tar string) error {
 	}
 	defer f.Close()
 	cmd := command(ctx, n.pid(), binDir+"/containerd/ctr",
-		"--address", socket, "--namespace", "k8s.io", "images", "import", "-")
+		"--address", n.layout.socket, "--namespace", "k8s.io", "images", "import", "-")
 	cmd.Stdin = f
 	if _, err := output(cmd); err != nil {
 		return fmt.Errorf("loading %s into %s: %w", tar, n.name, err)
@@ -298,22 +298,23 @@ func (n *Node) boot(ctx context.Context) error {
 func (n *Node) spec() machine.Spec {
 	c := n.cluster
 	binds := []machine.Bind{
-		{Source: n.dir("containerd"), Target: "/var/lib/containerd"},
+		{Source: n.dir("containerd"), Target: n.layout.root},
 		{Source: n.dir("kubelet"), Target: "/var/lib/kubelet"},
 		{Source: n.dir("kubernetes"), Target: "/etc/kubernetes", ReadOnly: true},
 		{Source: c.path("shared"), Target: sharedDir},
 		{Source: filepath.Join(c.Logs(), n.name), Target: logDir},
 		{Source: c.programs["cni"], Target: "/opt/cni/bin", ReadOnly: true},
 	}
-	for _, set := range []string{"machine", "runc", "containerd", "kubernetes"} {
+	binds = append(binds, machine.Bind{Source: c.programs[n.layout.toolset], Target: binDir + "/containerd", ReadOnly: true})
+	for _, set := range []string{"machine", "runc", "kubernetes"} {
 		binds = append(binds, machine.Bind{Source: c.programs[set], Target: filepath.Join(binDir, set), ReadOnly: true})
 	}
 	return machine.Spec{
 		Hostname: n.name,
 		Overlay:  c.path("overlays", n.name),
 		Remove: []string{
-			"/etc/containerd", "/etc/cni", "/etc/kubernetes", "/opt/cni", "/opt/containerd",
-			"/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers",
+			"/etc/containerd", "/etc/cni", "/etc/kubernetes", "/kind", "/opt/azure", "/opt/cni", "/opt/containerd",
+			"/etc/rancher", "/usr/local/bin/k3s", "/var/lib/rancher", "/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers",
 		},
 		// /root and /home keep the person's own files out of a node's reach.
 		Tmpfs: []string{"/run", "/tmp", "/root", "/home"},
@@ -334,7 +335,6 @@ func (n *Node) configure() error {
 	}
 	defer root.Close()
 	for path, content := range map[string]string{
-		"etc/containerd/config.toml":        containerdConfig,
 		"etc/cni/net.d/10-cluster.conflist": cniConfig(n.cluster.net.nodePods(n.number)),
 		"etc/resolv.conf":                   "nameserver " + n.cluster.net.control().String() + "\n",
 		"etc/hosts":                         n.hosts(),
@@ -350,7 +350,7 @@ func (n *Node) configure() error {
 			return err
 		}
 	}
-	return root.MkdirAll("etc/containerd/certs.d", 0o755)
+	return n.layout.write(root)
 }
 
 func (n *Node) hosts() string {
@@ -361,21 +361,6 @@ func (n *Node) hosts() string {
 	}
 	return b.String()
 }
-
-// containerdConfig is what kubeadm and kind users have: one directory of host
-// configurations. A container's oom_score_adj is kept within what containerd
-// itself may set, which is little where it lacks CAP_SYS_RESOURCE.
-const containerdConfig = `version = 3
-
-[plugins.'io.containerd.cri.v1.images'.pinned_images]
-  sandbox = '` + pauseRef + `'
-
-[plugins.'io.containerd.cri.v1.images'.registry]
-  config_path = '/etc/containerd/certs.d'
-
-[plugins.'io.containerd.cri.v1.runtime']
-  restrict_oom_score_adj = true
-`
 
 func cniConfig(pods netip.Prefix) string {
 	return fmt.Sprintf(`{
@@ -417,7 +402,7 @@ func (n *Node) kubeletConfig() map[string]any {
 		"cgroupRoot":                  n.cgroup(),
 		"clusterDNS":                  []string{n.cluster.net.control().String()},
 		"clusterDomain":               domain,
-		"containerRuntimeEndpoint":    "unix://" + socket,
+		"containerRuntimeEndpoint":    "unix://" + n.layout.socket,
 		"evictionHard":                map[string]string{"memory.available": "100Mi", "nodefs.available": "0%", "imagefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.inodesFree": "0%"},
 		"failCgroupV1":                false,
 		"failSwapOn":                  false,
@@ -441,7 +426,7 @@ func (n *Node) services() []machine.Service {
 		}
 	}
 	return []machine.Service{
-		service("containerd", "containerd"),
+		service("containerd", "containerd", n.layout.args()...),
 		service("kubernetes", "kubelet",
 			"--config=/etc/kubernetes/kubelet.json", "--kubeconfig=/etc/kubernetes/kubelet.conf",
 			"--hostname-override="+n.name, "--node-ip="+n.IP().String()),
@@ -460,7 +445,7 @@ func (n *Node) startServices(ctx context.Context) error {
 			continue
 		}
 		err := n.cluster.poll(ctx, n.name, "containerd", func(ctx context.Context) error {
-			_, err := output(command(ctx, n.pid(), binDir+"/containerd/ctr", "--address", socket, "version"))
+			_, err := output(command(ctx, n.pid(), binDir+"/containerd/ctr", "--address", n.layout.socket, "version"))
 			return err
 		})
 		if err != nil {

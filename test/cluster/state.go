@@ -35,6 +35,8 @@ type machineState struct {
 	Name string `json:"name"`
 	// Number is 0 for the control plane, and counts the nodes from 1.
 	Number int `json:"number"`
+	// Layout is a node's.
+	Layout Layout `json:"layout,omitempty"`
 	// Process is the machine's process 1; zero while the machine is stopped.
 	Process process `json:"process"`
 }

@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -142,5 +144,44 @@ func TestConfigRefuses(t *testing.T) {
 				t.Error("was accepted")
 			}
 		})
+	}
+}
+
+// TestLayouts checks what a node has at its first start, and at the next.
+func TestLayouts(t *testing.T) {
+	if _, err := (Config{Layouts: []Layout{K3s, "K4s"}}).withDefaults(); err == nil {
+		t.Error("a layout that nobody knows was taken")
+	}
+	sets := map[string]bool{}
+	for _, set := range toolsets() {
+		sets[set.name] = true
+	}
+	for name, l := range layouts {
+		dir := t.TempDir()
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		if !sets[l.toolset] {
+			t.Errorf("%q: no programs %s", name, l.toolset)
+		}
+		if err := l.write(root); err != nil {
+			t.Fatal(err)
+		}
+		config := filepath.Join(dir, l.config)
+		if got, err := os.ReadFile(config); err != nil || string(got) != l.text {
+			t.Errorf("%q: %s: %v\n%s", name, l.config, err, got)
+		}
+		// What the operator writes stays, and what the platform generates does not.
+		if err := os.WriteFile(config, []byte("# changed"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.write(root); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(config); err != nil || (string(got) == l.text) != l.generated {
+			t.Errorf("%q at the next start: %v\n%s", name, err, got)
+		}
 	}
 }

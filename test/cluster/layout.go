@@ -1,0 +1,170 @@
+package cluster
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path"
+)
+
+// Layout is how a node is laid out: which containerd it has, where that keeps
+// its files and its socket, and what its configuration says, as a platform's
+// nodes have it. The zero Layout is that of kubeadm's users who have read
+// containerd's documentation, with containerd 2.
+type Layout string
+
+// The layouts of platforms; those that end in 17 come with containerd 1.7.
+const (
+	// Kind is kind's since its node images tell of a hosts directory.
+	Kind Layout = "kind"
+	// AKS is Azure's: a file of version 2 with the plugins' names of version 3.
+	AKS   Layout = "AKS"
+	AKS17 Layout = "AKS 1.7"
+	K3s   Layout = "K3s"
+	K3s17 Layout = "K3s 1.7"
+	// Unset is kubeadm's as containerd's packages leave it: no hosts directory
+	// is read. Unset17 is kind's before its node images told of one.
+	Unset   Layout = "unset"
+	Unset17 Layout = "unset 1.7"
+)
+
+// layout is what a Layout means.
+type layout struct {
+	toolset string // of containerd
+	socket  string
+	root    string // what containerd keeps
+	state   string // what it keeps until the next start of the machine; empty: where it does by itself
+	config  string // path of its configuration
+	text    string // what that says
+	// generated says that the platform writes the configuration anew at every
+	// start. Otherwise it is the operator's once it is there.
+	generated bool
+	files     map[string]string // what else is there, by path
+	dirs      []string
+}
+
+const (
+	hostsDir = "/etc/containerd/certs.d"
+	k3sAgent = "/var/lib/rancher/k3s/agent"
+)
+
+// layouts are the nodes as they come. Whatever the platform, pods start from the
+// sandbox image that is loaded into every node, and a container's oom_score_adj
+// is kept within what containerd itself may set, which is little where it lacks
+// CAP_SYS_RESOURCE.
+var layouts = map[Layout]layout{
+	"": plain("containerd", "version = 3\n"+imagesPlugin("config_path = '"+hostsDir+"'"), nil, hostsDir),
+	Kind: plain("containerd", "version = 3\n"+imagesPlugin("config_path = '"+hostsDir+"'")+`
+[plugins.'io.containerd.cri.v1.images']
+  discard_unpacked_layers = true
+
+[proxy_plugins.'fuse-overlayfs']
+  type = 'snapshot'
+  address = '/run/containerd-fuse-overlayfs.sock'
+`, map[string]string{"/kind/version": "v1.36.3\n"}),
+	AKS: plain("containerd", "version = 2\n"+imagesPlugin("config_path = \""+hostsDir+"\"")+`
+[plugins."io.containerd.cri.v1.images".registry.headers]
+  X-Meta-Source-Client = ["azure/aks"]
+`, aksFiles),
+	AKS17: plain("containerd17", "version = 2\n"+criPlugin("config_path = \""+hostsDir+"\"")+`
+[plugins."io.containerd.grpc.v1.cri".registry.headers]
+  X-Meta-Source-Client = ["azure/aks"]
+`, aksFiles),
+	K3s:   k3s("containerd", "version = 3\n"+imagesPlugin("config_path = \""+k3sAgent+"/etc/containerd/certs.d\"")),
+	K3s17: k3s("containerd17", "version = 2\n"+criPlugin("config_path = \""+k3sAgent+"/etc/containerd/certs.d\"")),
+	Unset: plain("containerd", "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n"+imagesPlugin("config_path = ''"), nil),
+	Unset17: plain("containerd17", "# Written for a node image.\nversion = 2\n"+criPlugin("")+`
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  # Layers are needed once.
+  discard_unpacked_layers = true
+`, map[string]string{"/kind/version": "v1.33.1\n"}),
+}
+
+var aksFiles = map[string]string{
+	"/opt/azure/containers/provision.sh":       "#!/bin/bash\n",
+	hostsDir + "/mcr.microsoft.com/hosts.toml": "server = \"https://mcr.microsoft.com\"\n",
+}
+
+// imagesPlugin are the settings of containerd 2, with one of the registry's.
+func imagesPlugin(registry string) string {
+	return `
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '` + pauseRef + `'
+
+[plugins.'io.containerd.cri.v1.images'.registry]
+  ` + registry + `
+
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+`
+}
+
+// criPlugin are those of containerd 1, in which one plugin does all.
+func criPlugin(registry string) string {
+	text := `
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "` + pauseRef + `"
+  restrict_oom_score_adj = true
+`
+	if registry != "" {
+		text += "\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  " + registry + "\n"
+	}
+	return text
+}
+
+// plain is where containerd's own packages put it.
+func plain(toolset, text string, files map[string]string, dirs ...string) layout {
+	return layout{
+		toolset: toolset, socket: "/run/containerd/containerd.sock", root: "/var/lib/containerd",
+		config: "/etc/containerd/config.toml", text: text, files: files, dirs: dirs,
+	}
+}
+
+// k3s is a containerd that K3s brings and starts.
+func k3s(toolset, text string) layout {
+	return layout{
+		toolset: toolset, socket: "/run/k3s/containerd/containerd.sock",
+		root: k3sAgent + "/containerd", state: "/run/k3s/containerd",
+		config: k3sAgent + "/etc/containerd/config.toml", text: "# File generated by k3s. DO NOT EDIT.\n" + text, generated: true,
+	}
+}
+
+// args are containerd's arguments.
+func (l layout) args() []string {
+	args := []string{"--config=" + l.config}
+	if l.state != "" {
+		args = append(args, "--address="+l.socket, "--root="+l.root, "--state="+l.state)
+	}
+	return args
+}
+
+// write writes what a node has at its start, and keeps what is the operator's.
+func (l layout) write(root *os.Root) error {
+	for _, dir := range l.dirs {
+		if err := root.MkdirAll(dir[1:], 0o755); err != nil {
+			return err
+		}
+	}
+	for name, text := range l.files {
+		if err := writeMissing(root, name, text); err != nil {
+			return err
+		}
+	}
+	if !l.generated {
+		return writeMissing(root, l.config, l.text)
+	}
+	if err := root.MkdirAll(path.Dir(l.config)[1:], 0o755); err != nil {
+		return err
+	}
+	return root.WriteFile(l.config[1:], []byte(l.text), 0o644)
+}
+
+func writeMissing(root *os.Root, name, text string) error {
+	if _, err := root.Lstat(name[1:]); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := root.MkdirAll(path.Dir(name)[1:], 0o755); err != nil {
+		return err
+	}
+	return root.WriteFile(name[1:], []byte(text), 0o644)
+}
