@@ -206,10 +206,18 @@ func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
 	n.tellPeers(c, order.peers)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	peersCome := make(chan error, 1)
+	peersCome := make(chan struct{})
 	if noPeers != nil {
-		go func() { peersCome <- n.awaitPeers(ctx) }()
-		defer func() { cancel(); <-peersCome }()
+		var waiting sync.WaitGroup
+		waiting.Go(func() {
+			if n.awaitPeers(ctx) {
+				close(peersCome)
+			}
+		})
+		defer func() {
+			cancel()
+			waiting.Wait()
+		}()
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- c.Run(ctx) }()
@@ -217,8 +225,7 @@ func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
 		select {
 		case err := <-ended:
 			return err
-		case err := <-peersCome:
-			peersCome <- err // for the end
+		case <-peersCome:
 			cancel()
 			return <-ended
 		case <-n.news:

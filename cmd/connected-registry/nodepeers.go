@@ -60,16 +60,17 @@ func (n *nodeCache) listenPeers(ctx context.Context) (*cache.PeerConfig, error) 
 	return p, nil
 }
 
-// awaitPeers returns when listenPeers would succeed, or with ctx.
-func (n *nodeCache) awaitPeers(ctx context.Context) error {
+// awaitPeers returns true when listenPeers would succeed, and false when ctx
+// ends.
+func (n *nodeCache) awaitPeers(ctx context.Context) bool {
 	for {
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false
 		case <-time.After(peerRetry):
 		}
 		if p, err := n.listenPeers(ctx); err == nil {
-			return p.Listener.Close()
+			return p.Listener.Close() == nil
 		}
 	}
 }

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -14,6 +15,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
@@ -104,6 +106,50 @@ func own(o *metav1.ObjectMeta, cr *v1alpha1.ConnectedRegistry) (changed bool) {
 		changed = true
 	}
 	return changed
+}
+
+func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry, names []string, secrets *secretReader) error {
+	was, err := secrets.get(ctx, ReplicaSecret)
+	if err != nil {
+		return err
+	}
+	upload, err := secrets.get(ctx, UploadSecret)
+	if err != nil {
+		return err
+	}
+	var now map[string][]byte
+	if was != nil {
+		now = was.Data
+	}
+	var given []byte
+	if upload != nil {
+		given = upload.Data[keyUploadSecret]
+	}
+	data, problem := replicaData(ctx, cr, names, given, now, secrets, l.tokens)
+	if data == nil {
+		return problem
+	}
+	return errors.Join(problem, l.writeSecret(ctx, cr, ReplicaSecret, was, data))
+}
+
+func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service) error {
+	every := resyncInterval
+	if needsFleet(&cr.Spec) {
+		every = fleetInterval
+	}
+	fleetErr := l.lookAtNodes(ctx, every)
+	if fleetErr != nil && l.fleet.at.IsZero() && needsFleet(&cr.Spec) {
+		return fleetErr // nodes go on with what they were told before
+	}
+	c, err := nodeConfiguration(&cr.Spec, svc, l.source, &l.fleet)
+	if err != nil {
+		return err
+	}
+	data, err := yaml.Marshal(c)
+	if err != nil {
+		return err
+	}
+	return errors.Join(fleetErr, l.writeConfigMap(ctx, cr, map[string]string{keyNode: string(data)}))
 }
 
 // writeSecret makes a Secret hold data; was is what there is of it. Equal content
