@@ -21,6 +21,7 @@ func (w *world) testLife(t *testing.T) {
 		t.Run("rights", w.testRights)
 		t.Run("parent stopped", w.testParentStopped)
 		t.Run("replica killed", w.testReplicaKilled)
+		t.Run("replica hung", w.testReplicaHung)
 		t.Run("syncer gone", w.testSyncerGone)
 		t.Run("agent killed", w.testAgentKilled)
 		t.Run("API server stopped", w.testAPIStopped)
@@ -95,15 +96,35 @@ func (w *world) testParentStopped(t *testing.T) {
 func (w *world) testReplicaKilled(t *testing.T) {
 	w.parent.stop()
 	defer w.parent.start(t)
-	killed := kubectl(t, w.c, "get", "pods", "-n", Namespace, "-l", "app.kubernetes.io/name=connected-registry", "-o", "jsonpath={.items[0].spec.nodeName}")
-	for _, n := range w.c.Nodes() {
-		if n.Name() == killed {
-			w.kill(t, n, "registry")
-		}
-	}
+	w.signal(t, w.replicaNode(t), "registry", "KILL")
 	w.fetchSoon(t)
 	w.oneEach(t, w.host, "regcred")
 	w.settled(t, "deployment/connected-registry")
+}
+
+// testReplicaHung has one of two replicas take connections and never answer.
+func (w *world) testReplicaHung(t *testing.T) {
+	w.parent.stop()
+	defer w.parent.start(t)
+	n := w.replicaNode(t)
+	w.signal(t, n, "registry", "STOP")
+	w.fetchSoon(t)
+	w.oneEach(t, w.host, "regcred")
+	w.signal(t, n, "registry", "CONT")
+	w.settled(t, "deployment/connected-registry")
+}
+
+// replicaNode is the node of the first replica.
+func (w *world) replicaNode(t *testing.T) *cluster.Node {
+	t.Helper()
+	name := kubectl(t, w.c, "get", "pods", "-n", Namespace, "-l", "app.kubernetes.io/name=connected-registry", "-o", "jsonpath={.items[0].spec.nodeName}")
+	for _, n := range w.c.Nodes() {
+		if n.Name() == name {
+			return n
+		}
+	}
+	t.Fatalf("no replica runs on any node: %q", name)
+	return nil
 }
 
 func (w *world) testSyncerGone(t *testing.T) {
@@ -123,7 +144,7 @@ func (w *world) testAgentKilled(t *testing.T) {
 	w.parent.stop()
 	defer w.parent.start(t)
 	for _, n := range w.c.Nodes() {
-		w.kill(t, n, "agent")
+		w.signal(t, n, "agent", "KILL")
 	}
 	w.fetch(t)
 	w.oneEach(t, w.host, "regcred")
@@ -138,7 +159,7 @@ func (w *world) testAPIStopped(t *testing.T) {
 	}
 	w.fetch(t)
 	// An agent that begins now has nobody to ask.
-	w.kill(t, w.c.Nodes()[0], "agent")
+	w.signal(t, w.c.Nodes()[0], "agent", "KILL")
 	w.fetch(t)
 	if err := w.c.StartService(t.Context(), "kube-apiserver"); err != nil {
 		t.Fatal(err)
@@ -149,11 +170,11 @@ func (w *world) testAPIStopped(t *testing.T) {
 	w.settled(t, "daemonset/connected-registry-agent")
 }
 
-// kill kills one process of a subcommand on a node.
-func (w *world) kill(t *testing.T, n *cluster.Node, subcommand string) {
+// signal sends a signal to one process of a subcommand on a node.
+func (w *world) signal(t *testing.T, n *cluster.Node, subcommand, signal string) {
 	t.Helper()
-	if out, err := n.Run(t.Context(), "pkill", "-KILL", "--oldest", "-f", "^/connected-registry "+subcommand+" "); err != nil {
-		t.Fatalf("killing %s on %s: %v\n%s", subcommand, n.Name(), err, out)
+	if out, err := n.Run(t.Context(), "pkill", "-"+signal, "--oldest", "-f", "^/connected-registry "+subcommand+" "); err != nil {
+		t.Fatalf("sending %s to %s on %s: %v\n%s", signal, subcommand, n.Name(), err, out)
 	}
 }
 
