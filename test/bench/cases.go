@@ -274,10 +274,10 @@ func (b *benchmark) groups() []group {
 			{"cache: manifest HEAD by tag", func() ([]line, error) { return b.cacheManifest("HEAD", b.content.manifestPath(), requestBounds{}) }},
 			{"cache: 100,000 blobs", b.manyBlobs},
 		}},
-		{"node cache, 1 GiB image", "without", []benchCase{
+		{"node cache, 1 GiB unpacked", "without", []benchCase{
 			{"cache: cold pull by containerd", b.coldPull},
 		}},
-		{"node cache, 1 GiB at 100 MiB/s", "1 client", []benchCase{
+		{"node cache, at 100 MiB/s", "1 client", []benchCase{
 			{"cache: 16 clients at once", b.wave},
 		}},
 		{"sync", "best other", b.syncCases()},

@@ -8,8 +8,9 @@
 //
 //	go run -C test/bench .
 //
-// It wants Linux, Go and nginx (the package nginx-light will do), about 20 GiB of
-// disk for temporary files, and a quarter of an hour; with -run '^sync' it measures
+// It wants Linux, Go and nginx (the package nginx-light will do), root for the
+// containerd that unpacks with overlayfs, about 20 GiB of disk for temporary
+// files, and twenty minutes; with -run '^sync' it measures
 // synchronisation alone.
 //
 // It may import registry, registry/auth, registry/cache, storage and syncer, which

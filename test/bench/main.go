@@ -30,7 +30,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 5, "how many turns each side has; the median of their ratios counts")
 	flag.StringVar(&o.dir, "dir", "", "where the temporary files go (default the system's place for them)")
 	run := flag.String("run", "", "regular expression for the names of the cases to run")
-	profile := flag.String("profile", "", "directory for CPU profiles of the registry without TLS and of the cache")
+	profile := flag.String("profile", "", "directory for CPU profiles of the registry without TLS and of the cache, one for each start")
 	check := flag.Bool("check", false, "exit with status 1 when a bound was missed")
 	flag.Parse()
 	only, err := regexp.Compile(*run)

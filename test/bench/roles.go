@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/pprof"
 	"syscall"
 
@@ -33,7 +32,7 @@ func serveRole(role string, args []string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	if dir := os.Getenv(profileVariable); dir != "" {
-		f, err := os.Create(filepath.Join(dir, role+".pprof"))
+		f, err := os.CreateTemp(dir, role+"-*.pprof")
 		if err != nil {
 			return err
 		}
