@@ -39,7 +39,7 @@ func Export(ctx context.Context, c CarryConfig, wanted func(repository, tag stri
 	if err != nil {
 		return archive.ExportResult{}, err
 	}
-	defer store.Close()
+	defer func() { _ = store.Close() }() // never fails
 	return archive.Export(ctx, archive.ExportConfig{Store: store, File: c.File, Wanted: wanted, Progress: progress})
 }
 
@@ -52,7 +52,7 @@ func Import(ctx context.Context, c CarryConfig, progress func(syncer.Event)) (sy
 	if err != nil {
 		return syncer.Result{}, err
 	}
-	defer a.Close()
+	defer func() { _ = a.Close() }() // it was only read
 	address, stop, err := serve(ctx, a)
 	if err != nil {
 		return syncer.Result{}, fmt.Errorf("reading the archive: %w", err)
