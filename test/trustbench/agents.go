@@ -61,10 +61,6 @@ func manyAgents(ctx context.Context, o options, config *rest.Config, kube kubern
 	if _, err := kube.CoreV1().Namespaces().Create(ctx, namespace, metav1.CreateOptions{}); err != nil {
 		return r, err
 	}
-	before, err := load(ctx, kube)
-	if err != nil {
-		return r, err
-	}
 	group, running := errgroup.WithContext(ctx)
 	running, stop := context.WithCancel(running)
 	defer func() {
@@ -96,23 +92,32 @@ func manyAgents(ctx context.Context, o options, config *rest.Config, kube kubern
 	if r.took, err = measure(running, kube, agentNamespace, daemon.ControlSecret, files, o.agentChanges); err != nil {
 		return r, err
 	}
-	return r, r.rest(running, kube, before)
+	end, err := r.rest(running, kube)
+	if err != nil {
+		return r, err
+	}
+	stop()
+	if err := group.Wait(); err != nil {
+		return r, err
+	}
+	time.Sleep(calm) // for the API server to notice
+	without, err := load(ctx, kube)
+	r.watches = end.watching - without.watching
+	return r, err
 }
 
-// rest counts what agents ask for while nothing changes.
-func (r *result) rest(ctx context.Context, kube kubernetes.Interface, before requests) error {
+// rest counts what agents ask for while nothing changes, and returns the last
+// count.
+func (r *result) rest(ctx context.Context, kube kubernetes.Interface) (requests, error) {
 	time.Sleep(5 * time.Second) // for the last Leases
 	begin, err := load(ctx, kube)
 	if err != nil {
-		return err
+		return begin, err
 	}
 	time.Sleep(restTime)
 	end, err := load(ctx, kube)
-	if err != nil {
-		return err
-	}
-	r.watches, r.asked = end.watching-before.watching, end.asked-begin.asked
-	return nil
+	r.asked = end.asked - begin.asked
+	return end, err
 }
 
 // requests are those for Secrets, as the API server counts them.
