@@ -24,7 +24,7 @@ const (
 	reader         = readerName + ":" + readerPassword
 	// images is how many images the parent has that no node has: more than all
 	// tests together take.
-	images = 500
+	images = 1200
 )
 
 // world is the cluster that all tests share, and what surrounds it.

@@ -25,6 +25,7 @@ func (w *world) testLife(t *testing.T) {
 		t.Run("syncer gone", w.testSyncerGone)
 		t.Run("agent killed", w.testAgentKilled)
 		t.Run("API server stopped", w.testAPIStopped)
+		t.Run("rotation", w.testRotation)
 		t.Run("upgrade", w.testUpgrade)
 		t.Run("node added", w.testNodeAdded)
 	}, noManager, w.lifeValues())
@@ -213,6 +214,74 @@ func (w *world) pullOn(ctx context.Context, t *testing.T, n *cluster.Node) (pull
 			if err := pull(ctx, n, ref, credentials); err != nil && ctx.Err() == nil {
 				t.Errorf("%s, after %d pulls: %v", n.Name(), pulls, err)
 				return pulls
+			}
+		}
+	}
+	return pulls
+}
+
+// rotations is how many CAs follow one another.
+const rotations = 10
+
+// testRotation changes the CA, key and all, again and again while nodes pull
+// images that none has, by both names of the registry and without the parent.
+func (w *world) testRotation(t *testing.T) {
+	kubectl(t, w.c, "patch", "connectedregistry", "connected-registry", "-n", Namespace, "--type=merge",
+		`-p={"spec":{"trustDistribution":{"hold":"PT1S"}}}`)
+	w.parent.stop()
+	defer w.parent.start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer cancel()
+	counts := make([]int, len(w.c.Nodes()))
+	for i, n := range w.c.Nodes() {
+		group.Go(func() { counts[i] = w.pullSlowlyOn(ctx, t, n) })
+	}
+	seen := map[string]bool{w.trusted(t).fingerprint: true}
+	began := time.Now()
+	for i := range rotations {
+		kubectl(t, w.c, "annotate", "connectedregistry", "connected-registry", "-n", Namespace, "--overwrite",
+			fmt.Sprintf("connectedregistry.io/rotate-ca=%d", i))
+		eventually(t, func() error {
+			now := w.trusted(t)
+			if now.phase != "Stable" || seen[now.fingerprint] {
+				return fmt.Errorf("rotation %d: %+v", i, now)
+			}
+			seen[now.fingerprint] = true
+			return nil
+		})
+		if t.Failed() {
+			return
+		}
+	}
+	cancel()
+	group.Wait()
+	t.Logf("%d rotations in %s; pulls meanwhile, for each node: %v", rotations, time.Since(began).Round(time.Second), counts)
+}
+
+// trust is what a resource says about the CA.
+type trust struct{ phase, fingerprint, message string }
+
+func (w *world) trusted(t *testing.T) trust {
+	t.Helper()
+	fields := strings.SplitN(kubectl(t, w.c, "get", "connectedregistry", "connected-registry", "-n", Namespace,
+		"-o=jsonpath={.status.trust.phase}|{.status.trust.fingerprints}|{.status.trust.message}"), "|", 3)
+	return trust{fields[0], fields[1], fields[2]}
+}
+
+// pullSlowlyOn is pullOn with a pause after each pull, for what takes minutes.
+func (w *world) pullSlowlyOn(ctx context.Context, t *testing.T, n *cluster.Node) (pulls int) {
+	for ctx.Err() == nil {
+		for ref, credentials := range w.refs() {
+			if err := pull(ctx, n, ref, credentials); err != nil && ctx.Err() == nil {
+				t.Errorf("%s, after %d pulls: %v", n.Name(), pulls, err)
+				return pulls
+			}
+			pulls++
+			select {
+			case <-ctx.Done():
+			case <-time.After(1500 * time.Millisecond):
 			}
 		}
 	}
