@@ -70,6 +70,7 @@ type Standalone struct {
 
 	store     *storage.Store
 	duties    *syncer.Duties // nil without a registry
+	suspended bool
 	ca        trust.Bundle
 	renew     func() (changed bool, err error) // of the serving certificate
 	onDemand  bool
@@ -93,7 +94,10 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if c.Secrets == "" {
 		c.Secrets = filepath.Join(c.Data, "secrets")
 	}
-	s := &Standalone{log: c.Logger}
+	if err := refuse(&c.Resource.Spec); err != nil {
+		return nil, err
+	}
+	s := &Standalone{log: c.Logger, suspended: c.Resource.Spec.Suspend}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -133,6 +137,26 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	return s, nil
 }
 
+// refuse reports what a resource asks for and one machine by itself cannot do, so
+// that nothing is silently left out.
+func refuse(spec *v1alpha1.Spec) error {
+	for _, ask := range []struct {
+		field string
+		set   bool
+	}{
+		{"spec.tls.source: " + string(spec.TLS.Source), spec.TLS.Source != "" && spec.TLS.Source != v1alpha1.TLSSourceBuiltIn},
+		{"spec.tls.disabled", spec.TLS.Disabled},
+		{"spec.trustDistribution.caSecrets", len(spec.TrustDistribution.CASecrets) > 0},
+		{"spec.trustDistribution.configureRuntime", spec.TrustDistribution.ConfigureRuntime},
+		{"spec.nodeCache.peers", spec.NodeCache.Peers},
+	} {
+		if ask.set {
+			return fmt.Errorf("%s works in a cluster only: leave it out", ask.field)
+		}
+	}
+	return nil
+}
+
 // Run runs every part until ctx ends or one of them fails, and returns when all
 // have stopped: within five seconds of the end of ctx.
 func (s *Standalone) Run(ctx context.Context) error {
@@ -151,7 +175,7 @@ func (s *Standalone) Run(ctx context.Context) error {
 	if s.Agent != nil {
 		g.Go(func() error { return s.Agent.Run(ctx) })
 	}
-	if s.Syncer != nil {
+	if s.Syncer != nil && !s.suspended {
 		g.Go(func() error { return s.Syncer.Run(plain(ctx)) })
 	}
 	return g.Wait()
@@ -368,7 +392,7 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 }
 
 func (s *Standalone) openAgent(c Config, mirrored []agent.Mirror) (err error) {
-	if c.NodeRoot == "" || s.Registry == nil {
+	if c.NodeRoot == "" || s.Registry == nil || c.Resource.Spec.TrustDistribution.Disabled {
 		return nil
 	}
 	s.Agent, err = agent.New(agent.Config{

@@ -318,3 +318,21 @@ func TestDeletePropagation(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusesWhatNeedsACluster names the field of each thing that one machine by
+// itself cannot do.
+func TestRefusesWhatNeedsACluster(t *testing.T) {
+	for spec, field := range map[string]string{
+		"  tls: {source: CertManager}\n":                                   "spec.tls.source: CertManager",
+		"  tls: {source: Secret, secretName: a}\n":                         "spec.tls.source: Secret",
+		"  trustDistribution: {caSecrets: [{name: a}]}\n":                  "spec.trustDistribution.caSecrets",
+		"  trustDistribution: {configureRuntime: true}\n":                  "spec.trustDistribution.configureRuntime",
+		"  nodeCache: {peers: true}\n":                                     "spec.nodeCache.peers",
+		"  trustDistribution: {disabled: true}\n  tls: {disabled: true}\n": "spec.tls.disabled",
+	} {
+		_, err := Open(t.Context(), Config{Resource: load(t, spec), Data: t.TempDir()})
+		if err == nil || !strings.HasPrefix(err.Error(), field+" works in a cluster only") {
+			t.Errorf("%q: error %v", spec, err)
+		}
+	}
+}

@@ -382,7 +382,8 @@ type TrustDistribution struct {
 	// +listMapKey=name
 	CASecrets []CASecret `json:"caSecrets,omitempty"`
 	// SystemTrust also puts the certificates into the trust store of the node's
-	// operating system, for its other programs. Default true.
+	// operating system, for its other programs. Default true; a standalone
+	// registry leaves that store alone.
 	SystemTrust *bool `json:"systemTrust,omitempty"`
 	// ConfigureRuntime lets the agent change the configuration of a container
 	// runtime that does not read hosts.d, and restart it. Default false: it
