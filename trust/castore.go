@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -31,6 +32,9 @@ type systemStore struct {
 	// several gets no hash link on Debian.
 	dir    string
 	bundle string
+	// partial is where the program puts the bundle together. Debian's appends to
+	// what a run that was killed has left there. Empty: it does not matter.
+	partial string
 }
 
 // systemStores are tried in this order. Alpine is as Debian; Azure Linux and
@@ -39,9 +43,10 @@ var systemStores = [...]systemStore{
 	{
 		program: "/usr/sbin/update-ca-certificates",
 		// Without --fresh, Debian's leaves the links of removed files behind.
-		fresh:  []string{"--fresh"},
-		dir:    "/usr/local/share/ca-certificates",
-		bundle: "/etc/ssl/certs/ca-certificates.crt",
+		fresh:   []string{"--fresh"},
+		dir:     "/usr/local/share/ca-certificates",
+		bundle:  "/etc/ssl/certs/ca-certificates.crt",
+		partial: "/etc/ssl/certs/ca-certificates.crt.new",
 	},
 	{
 		program: "/usr/bin/update-ca-trust",
@@ -158,9 +163,13 @@ func (s *session) rebuildSystemTrust(ctx context.Context, store *systemStore) er
 	if s.record.Rebuild == rebuildFresh {
 		argv = append([]string{store.program}, store.fresh...)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, rebuildTime, fmt.Errorf("it took longer than %s", rebuildTime))
+	if err := s.clearPartial(*store); err != nil {
+		return err
+	}
+	// It takes seconds; to kill it at the end of ctx would leave it half done.
+	limited, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), rebuildTime, fmt.Errorf("it took longer than %s", rebuildTime))
 	defer cancel()
-	output, err := s.rebuild(ctx, s.nodeRoot, argv)
+	output, err := s.rebuild(limited, s.nodeRoot, argv)
 	if errors.Is(err, errNotRun) {
 		s.note("system trust store: %s was not run, since %v: run it there as root", strings.Join(argv, " "), err)
 		return nil
@@ -183,6 +192,30 @@ func (s *session) rebuildSystemTrust(ctx context.Context, store *systemStore) er
 	}
 	s.record.Rebuild = rebuildNone
 	return nil
+}
+
+// clearPartial removes what a run that was killed has left: ours, if one was due
+// before this session, or anybody's that has stopped growing long ago.
+func (s *session) clearPartial(store systemStore) error {
+	if store.partial == "" {
+		return nil
+	}
+	dir, err := s.resolve(path.Dir(store.partial))
+	if err != nil {
+		return err
+	}
+	name := path.Join(dir, path.Base(store.partial))
+	info, err := s.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if !s.interrupted && time.Since(info.ModTime()) < rebuildTime {
+		return nil // somebody else's run is under way
+	}
+	return s.root.Remove(name)
 }
 
 // checkBundle makes sure that each file's certificate is in the bundle.

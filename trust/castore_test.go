@@ -328,6 +328,88 @@ func TestSystemTrustCrash(t *testing.T) {
 	}
 }
 
+// TestInterruptedRebuild finds what a rebuild that was killed has left, to which
+// Debian's program would append a whole bundle.
+func TestInterruptedRebuild(t *testing.T) {
+	partial := debianBundle + ".new"
+	appending := func(n *systemNode) rebuilder {
+		return func(ctx context.Context, root string, argv []string) (string, error) {
+			out, err := n.rebuild(ctx, root, argv)
+			if err != nil {
+				return out, err
+			}
+			whole, err := os.ReadFile(filepath.Join(root, debianBundle))
+			if err != nil {
+				return "", err
+			}
+			left, err := os.ReadFile(filepath.Join(root, partial))
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				return "", err
+			}
+			_ = os.Remove(filepath.Join(root, partial))
+			return out, os.WriteFile(filepath.Join(root, debianBundle), append(left, whole...), 0o644)
+		}
+	}
+	for name, test := range map[string]struct {
+		killed bool          // it was ours
+		age    time.Duration // of what was left
+		again  bool          // the leftover is appended to
+	}{
+		"ours":                     {killed: true},
+		"somebody's, long ago":     {age: 2 * rebuildTime},
+		"somebody's, at this time": {again: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newSystemNode(t)
+			state := State{SystemTrust: true, SystemCAs: newCA(t, "ours").bundle()}
+			if test.killed {
+				n.fail = errors.New("killed")
+				if _, err := n.store(t).Apply(t.Context(), state); err == nil {
+					t.Fatal("no error")
+				}
+				n.fail = nil
+			}
+			left := filepath.Join(n.root, partial)
+			if err := os.WriteFile(left, newCA(t, "half").pem(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			then := time.Now().Add(-test.age)
+			if err := os.Chtimes(left, then, then); err != nil {
+				t.Fatal(err)
+			}
+			s := n.store(t)
+			s.rebuild = appending(n)
+			if _, err := s.Apply(t.Context(), state); err != nil {
+				t.Fatal(err)
+			}
+			if got := slices.Contains(n.trusted(t, debianBundle), "half"); got != test.again {
+				t.Errorf("the bundle holds what was left: %t", got)
+			}
+		})
+	}
+}
+
+// TestRebuildFinishes ends the context while the node's program runs, which is
+// let finish.
+func TestRebuildFinishes(t *testing.T) {
+	n := newSystemNode(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	s := n.store(t)
+	s.rebuild = func(inner context.Context, root string, argv []string) (string, error) {
+		cancel()
+		if inner.Err() != nil {
+			return "", inner.Err()
+		}
+		return n.rebuild(inner, root, argv)
+	}
+	if _, err := s.Apply(ctx, State{SystemTrust: true, SystemCAs: newCA(t, "ours").bundle()}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(n.trusted(t, debianBundle), "ours") {
+		t.Error("the bundle lacks our certificate")
+	}
+}
+
 func TestRebuildOnNode(t *testing.T) {
 	out, err := rebuildOnNode(t.Context(), "/", []string{"/bin/sh", "-c", "echo said; exit 3"})
 	if err == nil || !strings.Contains(out, "said") {

@@ -238,6 +238,9 @@ type session struct {
 	grace      time.Duration
 	nodeRoot   string
 	result     Result
+	// interrupted says that the system trust store was being rebuilt, or about to
+	// be, when an earlier session ended.
+	interrupted bool
 }
 
 // begin opens the node root, takes the lock and loads the record. With create,
@@ -346,6 +349,7 @@ func (s *session) prepare(store *Store, create bool) (err error) {
 	if s.record, err = loadRecord(s.disk, s.recordName); err != nil {
 		return err
 	}
+	s.interrupted = s.record.Rebuild != rebuildNone
 	if !create || !store.swept {
 		if err := s.sweepAll(); err != nil {
 			return err
