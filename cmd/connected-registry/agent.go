@@ -21,6 +21,7 @@ import (
 	"github.com/connected-registry/connected-registry/agent"
 	"github.com/connected-registry/connected-registry/agent/daemon"
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/registry/cache"
 )
 
 func agentCommand() *cobra.Command {
@@ -40,6 +41,7 @@ through to the image's own registry then; "agent cleanup" takes it away.`
 		case f.once:
 			return f.runOnce(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		default:
+			cache.TuneMemory()
 			return f.run(cmd.Context(), cmd.ErrOrStderr())
 		}
 	}

@@ -80,6 +80,7 @@ func serveRegistry(ctx context.Context, l net.Listener, root string) error {
 }
 
 func serveCache(ctx context.Context, l net.Listener, dir, url, caFile string) error {
+	cache.TuneMemory() // as the agent does
 	c, err := cache.New(cache.Config{
 		Dir:        dir,
 		Registries: map[string]cache.Registry{cachedHost: {Upstreams: []cache.Upstream{{URL: url, CAFile: caFile}}}},
