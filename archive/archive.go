@@ -45,7 +45,7 @@ type repository struct {
 func Open(name string) (*Archive, error) {
 	info, err := os.Stat(name)
 	if err != nil {
-		return nil, fmt.Errorf("opening the archive: %w", err)
+		return nil, fmt.Errorf("opening the archive: %w: give the file that export wrote, or an image layout's directory", err)
 	}
 	a := &Archive{close: func() error { return nil }}
 	var index []byte

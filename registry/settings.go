@@ -67,7 +67,7 @@ func OpenSettings(cfg SettingsConfig) (*Settings, error) {
 	path := filepath.Join(cfg.Dir, SecretFile)
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading what replicas sign with: %w", err)
+		return nil, fmt.Errorf("reading what replicas sign with: %w: mount the Secret connected-registry-replica, or name its directory with --replica", err)
 	}
 	if s.secret, err = hex.DecodeString(strings.TrimSpace(string(text))); err != nil || len(s.secret) < 16 {
 		return nil, fmt.Errorf("%s does not hold 16 bytes or more in hex: make them with `openssl rand -hex 32`", path)
