@@ -61,6 +61,8 @@ var (
 
 // TestGolden compares what the chart renders, cert-manager's part aside. The
 // first case is Azure's quickstart; the following are its tutorial's.
+// The last are the object stores, with all that one can be told and as their
+// platforms give an identity.
 func TestGolden(t *testing.T) {
 	cases := map[string][]string{
 		"quickstart":     {connection, "service.clusterIP=192.100.100.1", "pvc.storageClassName=azurefile-csi-premium", "registry.replicas=3"},
@@ -71,6 +73,10 @@ func TestGolden(t *testing.T) {
 		"plain-http":     append([]string{connection, "service.clusterIP=192.100.100.1", "httpEnabled=true", "trustDistribution.enabled=false"}, noManager...),
 		"every-value":    append([]string{"@testdata/every-value.yaml"}, noManager...),
 		"least-of-nodes": append([]string{"trustDistribution.systemTrust=false", "trustDistribution.useNodeSelector=true", "agent.containerdPath=/var/lib/rancher/k3s/agent/etc/containerd"}, noManager...),
+		"s3": append([]string{connection, "networkPolicy.enabled=true", "storage.s3.bucket=images", "storage.s3.region=eu-central-1", "storage.s3.endpoint=https://minio.example.com:9000",
+			"storage.s3.prefix=edge", "storage.s3.pathStyle=true", "storage.credentialsSecret=minio", "storage.caSecret=minio-ca", "storage.scratchSize=8Gi", "registry.podAnnotations.a=b"}, noManager...),
+		"azure": append([]string{connection, "@testdata/azure.yaml"}, noManager...),
+		"gcs":   append([]string{connection, "storage.gcs.bucket=images", `registry.serviceAccountAnnotations.iam\.gke\.io/gcp-service-account=edge@shop.example`}, noManager...),
 	}
 	for name, sets := range cases {
 		t.Run(name, func(t *testing.T) {
@@ -150,6 +156,14 @@ func TestRefusals(t *testing.T) {
 		"mode":                 {[]string{"mode=readonly"}, `at '/mode': value must be one of 'ReadOnly', 'ReadWrite'`},
 		"size":                 {[]string{"pvc.storageRequest=500 GB"}, `at '/pvc/storageRequest'`},
 		"volume of one":        {[]string{"pvc.accessModes={ReadWriteOnce}"}, `pvc.accessModes lacks ReadWriteMany`},
+		"no bucket":            {[]string{"storage.s3.region=eu-central-1"}, `storage.s3.bucket is missing: give the bucket that content is to be kept in`},
+		"no container":         {[]string{"storage.azure.account=images"}, `storage.azure.container is missing: give the container`},
+		"two object stores":    {[]string{"storage.s3.bucket=a", "storage.gcs.bucket=a"}, `storage.gcs and storage.s3 are given: content is kept in one object store, so leave the others out`},
+		"a claim and a bucket": {[]string{"storage.s3.bucket=a", "pvc.existingClaim=content"}, `storage.s3 keeps content in an object store, and pvc.existingClaim names a volume: leave one of them out`},
+		"for no object store":  {[]string{"storage.credentialsSecret=a"}, `storage.credentialsSecret is set without an object store: add storage.s3, storage.azure or storage.gcs`},
+		"a CA for HTTP":        {[]string{"storage.s3.bucket=a", "storage.caSecret=ca", "storage.s3.endpoint=http://minio:9000"}, `storage.s3.endpoint is plain HTTP: write https://`},
+		"endpoint without URL": {[]string{"storage.s3.bucket=a", "storage.s3.endpoint=minio:9000"}, `at '/storage/s3/endpoint'`},
+		"key of another store": {[]string{"storage.s3.bucket=a", "storage.s3.account=a"}, `at '/storage/s3': additional properties 'account' not allowed`},
 		"cert-manager's value": {[]string{"certmanager.shedule=daily"}, `shedule`},
 	}
 	for name, c := range cases {

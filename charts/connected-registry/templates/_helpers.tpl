@@ -83,10 +83,6 @@ readinessProbe:
   failureThreshold: 2
 {{- end }}
 
-{{- define "connected-registry.claim" -}}
-{{ .Values.pvc.existingClaim | default "connected-registry-storage" }}
-{{- end }}
-
 {{/* The Secret with a certificate of one's own. Replicas mount the syncer's copy
 of it, connected-registry-tls, which follows once every node trusts its CA. */}}
 {{- define "connected-registry.tlsSecret" -}}
