@@ -11,6 +11,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -214,8 +215,31 @@ func (c *Cache) serveToken(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// servers returns whom to ask for a token: where the token service is the
+// registry itself, all that stand for it, in the order in which they are asked
+// for content.
+func (s *tokenService) servers(reg *registry) []*upstream {
+	if s.realm.Scheme != s.upstream.base.Scheme || hostPort(s.realm) != hostPort(s.upstream.base) {
+		return []*upstream{s.upstream}
+	}
+	for _, group := range reg.upstreams {
+		if slices.Contains(group, s.upstream) {
+			return group.choose()
+		}
+	}
+	return []*upstream{s.upstream} // of a configuration that has been replaced since
+}
+
+// tokenAnswer is what a token service says about a credential.
+type tokenAnswer struct {
+	status int
+	body   []byte
+	err    error // unavailable: it says nothing
+}
+
 // forwardToken returns the answer of the token service, if it is one that says
-// something about the credential.
+// something about the credential. Who does not answer is not waited for: the
+// next one is asked as well.
 func (c *Cache) forwardToken(ctx context.Context, reg *registry, q *tokenRequest) (int, []byte, error) {
 	service := reg.tokens.Load()
 	if service == nil {
@@ -223,39 +247,72 @@ func (c *Cache) forwardToken(ctx context.Context, reg *registry, q *tokenRequest
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeouts.Headers)
 	defer cancel()
-	u := *service.realm
+	order := service.servers(reg)
+	answers := make(chan tokenAnswer, len(order))
+	pace := c.cfg.Timeouts.Headers / time.Duration(len(order)+1)
+	var last error
+	for asked, failed := 0, 0; failed < len(order); {
+		var next <-chan time.Time
+		if asked < len(order) {
+			up := order[asked]
+			c.asker.work.Go(func() { answers <- c.askToken(ctx, up, service.realm, q) })
+			asked++
+			next = time.After(pace)
+		}
+		select {
+		case a := <-answers:
+			if a.err == nil {
+				return a.status, a.body, nil
+			}
+			failed++
+			last = a.err
+		case <-next:
+		}
+	}
+	return 0, nil, last
+}
+
+// askToken asks one server.
+func (c *Cache) askToken(ctx context.Context, up *upstream, realm *url.URL, q *tokenRequest) tokenAnswer {
+	resp, err := up.transport.RoundTrip(q.to(ctx, realm)) // credentials are not redirected
+	if err != nil {
+		down := transportError(ctx, up, err)
+		if !errors.Is(ctx.Err(), context.Canceled) {
+			up.health.failed(time.Now().Add(c.cfg.Timeouts.Retry))
+		}
+		return tokenAnswer{err: down}
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer))
+	if err != nil {
+		return tokenAnswer{err: transportError(ctx, up, err)}
+	}
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden,
+		http.StatusNotFound, http.StatusMethodNotAllowed:
+		return tokenAnswer{status: resp.StatusCode, body: body}
+	default:
+		return tokenAnswer{err: &unavailable{"token", fmt.Errorf("the token service %s answered %d", up.name, resp.StatusCode)}}
+	}
+}
+
+// to makes the request for a token service.
+func (q *tokenRequest) to(ctx context.Context, realm *url.URL) *http.Request {
+	u := *realm
 	query := u.Query()
 	for name, values := range q.query {
 		query[name] = values
 	}
 	u.RawQuery = query.Encode()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return 0, nil, &unavailable{"token", errors.New("the registry names no usable token service")}
-	}
+	r := &http.Request{Method: http.MethodGet, URL: &u, Host: u.Host, Header: http.Header{}, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
 	if q.form != nil {
-		req.Method, req.Body, req.ContentLength = http.MethodPost, io.NopCloser(bytes.NewReader(q.form)), int64(len(q.form))
-		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		r.Method, r.Body, r.ContentLength = http.MethodPost, io.NopCloser(bytes.NewReader(q.form)), int64(len(q.form))
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	}
 	if q.auth != "" {
-		req.Header.Set("Authorization", q.auth)
+		r.Header.Set("Authorization", q.auth)
 	}
-	resp, err := service.upstream.transport.RoundTrip(req) // credentials are not redirected
-	if err != nil {
-		return 0, nil, transportError(ctx, service.upstream, err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer))
-	if err != nil {
-		return 0, nil, transportError(ctx, service.upstream, err)
-	}
-	switch resp.StatusCode {
-	case http.StatusOK, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden,
-		http.StatusNotFound, http.StatusMethodNotAllowed:
-		return resp.StatusCode, body, nil
-	default:
-		return 0, nil, &unavailable{"token", fmt.Errorf("the token service %s answered %d", u.Host, resp.StatusCode)}
-	}
+	return r.WithContext(ctx)
 }
 
 func (d *disk) rememberToken(reg *registry, credential factKey, body []byte) error {

@@ -281,3 +281,63 @@ func TestBearersAreBounded(t *testing.T) {
 		}
 	}
 }
+
+// replicaWithTokens has o want tokens of its own token service, which has its
+// address as clients know it.
+func replicaWithTokens(o *origin) {
+	o.setFront(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/oauth2/token" {
+			fmt.Fprint(w, `{"token":"token-1","expires_in":300}`)
+			return true
+		}
+		if r.Header.Get("Authorization") == "Bearer token-1" {
+			return false
+		}
+		w.Header().Set("Www-Authenticate", `Bearer realm="http://`+r.Host+`/oauth2/token",service="reg"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	})
+}
+
+// TestTokensFromAnotherReplica has all replicas but one be gone, or never answer,
+// after the one that wanted a token.
+func TestTokensFromAnotherReplica(t *testing.T) {
+	for name, broken := range map[string]func(http.ResponseWriter, *http.Request) bool{
+		"breaks off": func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) },
+		"hangs": func(w http.ResponseWriter, r *http.Request) bool {
+			_, _ = io.Copy(io.Discard, r.Body) // or it would not be told when the cache leaves
+			return hang(w, r)
+		},
+		"500": answering(500),
+	} {
+		bubble(t, name, func(t *testing.T, net *network) {
+			body := random(1000, 204)
+			var path string
+			var all []*origin
+			for _, address := range []string{"a:80", "b:80", "service:80"} {
+				o := net.serve(t, address)
+				path = blobURL("app", o.blob("app", body))
+				replicaWithTokens(o)
+				all = append(all, o)
+			}
+			n := net.runWith(t, Config{Registries: behind("a:80", "b:80")})
+			for _, sound := range []int{0, 1, 2} {
+				n.wantRefused(n.get(path), 401, "fwd=miss; fwd-status=401")
+				for i, o := range all {
+					if i != sound {
+						o.setFront(broken)
+					}
+				}
+				began := time.Now()
+				status, token := n.askToken("POST", "alice", "secret")
+				if took := time.Since(began); status != 200 || token != "token-1" || took > 2*time.Second {
+					t.Errorf("only %d is sound: %d %q after %s", sound, status, token, took)
+				}
+				for _, o := range all {
+					replicaWithTokens(o)
+				}
+				time.Sleep(10 * time.Second) // until all are trusted again
+			}
+		})
+	}
+}
