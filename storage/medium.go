@@ -159,11 +159,11 @@ type notes interface {
 	removeNote(ctx context.Context, name string) error
 	// listNotes returns the notes in a folder, which need not exist, sorted by
 	// name.
-	listNotes(ctx context.Context, folder string) ([]note, error)
+	listNotes(ctx context.Context, folder string) ([]noteInfo, error)
 }
 
-// note is one in a folder.
-type note struct {
+// noteInfo is a note in a folder.
+type noteInfo struct {
 	entry
 	modified func() (time.Time, error) // when it was last written
 }
