@@ -114,7 +114,7 @@ func (d *Detection) Finding(name string) (Finding, bool) {
 func Detect(ctx context.Context, nodeRoot string) (Detection, error) {
 	root, err := os.OpenRoot(nodeRoot)
 	if err != nil {
-		return Detection{}, fmt.Errorf("node root %s: %w", nodeRoot, err)
+		return Detection{}, fmt.Errorf("node root %s: %w: give another with --node-root", nodeRoot, err)
 	}
 	defer root.Close()
 	r := rootFiles{root}

@@ -44,7 +44,7 @@ func (d *disk) resolve(name string) (string, error) {
 		todo = todo[1:]
 		if info.Mode().Type() != fs.ModeSymlink {
 			if len(todo) > 0 && !info.IsDir() {
-				return "", fmt.Errorf("/%s is not a directory", next)
+				return "", fmt.Errorf("/%s is not a directory: move it away", next)
 			}
 			done = next
 			continue
@@ -94,7 +94,7 @@ func (d *disk) missing(dir string) ([]string, error) {
 		info, err := d.root.Lstat(dir)
 		if err == nil {
 			if !info.IsDir() {
-				return nil, fmt.Errorf("/%s is not a directory", dir)
+				return nil, fmt.Errorf("/%s is not a directory: move it away", dir)
 			}
 			break
 		}

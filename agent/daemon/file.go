@@ -40,7 +40,7 @@ func followFile(ctx context.Context, file string, tell func(raw []byte, err erro
 			// watched, there is still the ticker.
 			_ = watcher.Add(filepath.Dir(file))
 		}
-		tell(readLimited(file))
+		tell(readMounted(file))
 		select {
 		case <-ctx.Done():
 			return
@@ -66,21 +66,30 @@ func drain(ctx context.Context, events <-chan fsnotify.Event) {
 	}
 }
 
+// readMounted reads the configuration that the kubelet brings.
+func readMounted(file string) ([]byte, error) {
+	raw, err := readLimited(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("the configuration %s is not there yet", file)
+	case err != nil:
+		return nil, fmt.Errorf("the configuration cannot be read: %w", err)
+	}
+	return raw, nil
+}
+
 func readLimited(file string) ([]byte, error) {
 	f, err := os.Open(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the configuration %s is not there yet", file)
-	}
 	if err != nil {
-		return nil, fmt.Errorf("the configuration cannot be read: %w", err)
+		return nil, err
 	}
 	defer f.Close()
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfigBytes+1))
 	if err != nil {
-		return nil, fmt.Errorf("the configuration cannot be read: %w", err)
+		return nil, err
 	}
 	if len(raw) > maxConfigBytes {
-		return nil, fmt.Errorf("the configuration %s has more than %d bytes", file, maxConfigBytes)
+		return nil, fmt.Errorf("%s has more than %d bytes", file, maxConfigBytes)
 	}
 	return raw, nil
 }

@@ -40,7 +40,7 @@ type OnceConfig struct {
 func Once(ctx context.Context, cfg OnceConfig) (changed []string, err error) {
 	raw, err := readLimited(cfg.File)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("reading the node's configuration: %w: give the node.yaml of ConfigMap connected-registry-node with --config", err)
 	}
 	c, err := loadConfiguration(cfg.File, raw)
 	if err != nil {
@@ -50,7 +50,7 @@ func Once(ctx context.Context, cfg OnceConfig) (changed []string, err error) {
 	for _, file := range cfg.CAs {
 		pem, err := readLimited(file)
 		if err != nil {
-			return nil, fmt.Errorf("CA: %w", err)
+			return nil, fmt.Errorf("reading the registry's CA: %w: give a file with its certificates with --ca", err)
 		}
 		b, notes, err := trust.ParseBundle(pem, time.Now())
 		if err != nil {

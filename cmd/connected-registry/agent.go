@@ -36,6 +36,8 @@ What is written to the node stays when the process ends, since pulls fall
 through to the image's own registry then; "agent cleanup" takes it away.`
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		switch {
+		case f.config == "" && cmd.Flags().NFlag() > 0:
+			return errors.New("--config is missing: give the node's configuration, the node.yaml of ConfigMap connected-registry-node")
 		case f.config == "":
 			return help(cmd, args)
 		case f.once:
@@ -113,6 +115,11 @@ func (f *agentFlags) containerdSocket() string {
 
 // runOnce is for a node that joins no cluster yet.
 func (f *agentFlags) runOnce(ctx context.Context, stdout, stderr io.Writer) error {
+	if f.cacheListen != "" {
+		if err := onLoopback(f.cacheListen); err != nil {
+			return err
+		}
+	}
 	certsDir, reserved, err := f.hostsDirectory(ctx)
 	if err != nil {
 		return err

@@ -64,9 +64,8 @@ func (a cacheOrder) apart(b cacheOrder) bool {
 }
 
 func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
-	host, _, err := net.SplitHostPort(c.listen)
-	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
-		return nil, fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", c.listen)
+	if err := onLoopback(c.listen); err != nil {
+		return nil, err
 	}
 	if c.dir == "" {
 		return nil, errors.New("no directory for the cache: give one with --data")
@@ -75,6 +74,15 @@ func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
 		return nil, err
 	}
 	return &nodeCache{nodeCacheConfig: c, news: make(chan struct{}, 1)}, nil
+}
+
+// onLoopback says what is wrong with an address of the cache.
+func onLoopback(addr string) error {
+	host, _, err := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+		return fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", addr)
+	}
+	return nil
 }
 
 // Configure implements daemon.Cache.

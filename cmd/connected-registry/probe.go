@@ -9,7 +9,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	neturl "net/url"
 	"os"
+	"strconv"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -45,6 +49,9 @@ func (p *probe) run(ctx context.Context, stdout io.Writer) error {
 	if p.host == "" {
 		return errors.New("--host is missing: give the registry's name or address")
 	}
+	if _, err := strconv.ParseUint(p.port, 10, 16); err != nil {
+		return fmt.Errorf("--port %s is no port: give a number up to 65535", p.port)
+	}
 	client, scheme := &http.Client{Timeout: 10 * time.Second}, "http"
 	if !p.plainHTTP {
 		scheme = "https"
@@ -67,7 +74,7 @@ func (p *probe) run(ctx context.Context, stdout io.Writer) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("asking %s for %s: %w", url, p.wait, err)
+			return fmt.Errorf("asking %s for %s: %w", url, p.wait, p.explain(err))
 		case <-time.After(time.Second):
 		}
 	}
@@ -80,11 +87,11 @@ func (p *probe) pool() (*x509.CertPool, error) {
 	}
 	data, err := os.ReadFile(p.ca)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("reading the CA: %w: give a file with its certificates with --ca", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(data) {
-		return nil, fmt.Errorf("%s holds no certificate", p.ca)
+		return nil, fmt.Errorf("%s holds no certificate: give a file with those of the CA, in PEM, with --ca", p.ca)
 	}
 	return pool, nil
 }
@@ -97,15 +104,56 @@ func ask(ctx context.Context, client *http.Client, url string) error {
 	}
 	resp, err := client.Do(req)
 	if err != nil {
+		if wrapped, ok := errors.AsType[*neturl.Error](err); ok {
+			err = wrapped.Err // the URL is said once
+		}
 		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusUnauthorized {
-		return fmt.Errorf("it answers %s", resp.Status)
+		return status{resp.StatusCode, resp.Status}
 	}
 	const version = "registry/2.0"
 	if got := resp.Header.Get("Docker-Distribution-Api-Version"); got != version {
-		return fmt.Errorf("it is no registry: Docker-Distribution-Api-Version is %q", got)
+		return fmt.Errorf("it is no registry, since Docker-Distribution-Api-Version is %q: correct --host and --port", got)
 	}
 	return nil
+}
+
+// status is an answer that no registry gives that serves.
+type status struct {
+	code int
+	text string
+}
+
+func (s status) Error() string { return "it answers " + s.text }
+
+// explain adds to why a registry did not answer what to do.
+func (p *probe) explain(err error) error {
+	var (
+		code      status
+		unknownCA x509.UnknownAuthorityError
+		otherName x509.HostnameError
+		badCert   x509.CertificateInvalidError
+		noTLS     tls.RecordHeaderError
+		noName    *net.DNSError
+	)
+	remedy := "see that it runs, and that nothing between stops the connection"
+	switch {
+	case errors.As(err, &code) && code.code == http.StatusBadRequest && p.plainHTTP:
+		remedy = "leave --plain-http out if it speaks TLS"
+	case errors.As(err, &code):
+		remedy = "see the log of its replicas, or correct --host and --port"
+	case errors.As(err, &unknownCA):
+		remedy = "give the CA that its certificate comes from with --ca"
+	case errors.As(err, &otherName):
+		remedy = "give a name that its certificate holds with --host"
+	case errors.As(err, &badCert):
+		remedy = "renew its certificate, or set the clock of this machine"
+	case errors.As(err, &noTLS), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		remedy = "correct --port, or add --plain-http if it speaks no TLS"
+	case errors.As(err, &noName), errors.Is(err, syscall.ECONNREFUSED):
+		remedy = "see that it runs, and correct --host and --port"
+	}
+	return fmt.Errorf("%w: %s", err, remedy)
 }

@@ -51,20 +51,25 @@ func TestProbe(t *testing.T) {
 	}
 	fails := func(want string, server *httptest.Server, args ...string) {
 		t.Helper()
-		if _, err := probe(server, args...); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := probe(server, args...); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("err = %v, want %q", err, want)
 		}
 	}
 	serves(plain, "--plain-http")
 	serves(secure, "--ca="+ca)
-	fails("unknown authority", secure)
-	fails("HTTPS", plain, "--ca="+ca)
+	fails("unknown authority: give the CA that its certificate comes from with --ca", secure)
+	fails("HTTPS client: correct --port, or add --plain-http if it speaks no TLS", plain, "--ca="+ca)
+	fails("400 Bad Request: leave --plain-http out if it speaks TLS", secure, "--plain-http")
+	fails("localhost: give a name that its certificate holds with --host", secure, "--ca="+ca, "--host=localhost")
+	fails("give a file with its certificates with --ca", secure, "--ca="+ca+".absent")
+	fails("holds no certificate: give a file", secure, "--ca="+os.DevNull)
+	fails("--port https is no port: give a number", secure, "--port=https")
 	status = http.StatusOK
 	serves(secure, "--ca="+ca)
 	header = ""
-	fails("no registry", secure, "--ca="+ca)
+	fails("no registry, since Docker-Distribution-Api-Version is \"\": correct --host and --port", secure, "--ca="+ca)
 	status = http.StatusServiceUnavailable
-	fails("503", secure, "--ca="+ca)
+	fails("503 Service Unavailable: see the log of its replicas", secure, "--ca="+ca)
 	secure.Close()
-	fails("refused", secure, "--ca="+ca)
+	fails("refused: see that it runs", secure, "--ca="+ca)
 }
