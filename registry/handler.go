@@ -151,7 +151,7 @@ func (s *Server) recovered(w *recorder, r *http.Request, p any) {
 func (s *Server) account(w *recorder, r *http.Request, rt route, took time.Duration) {
 	s.metrics.observe(rt.end, r.Method, w.status, w.bytes, took)
 	level := slog.LevelDebug
-	if w.status == http.StatusForbidden || isWrite(r.Method) && w.status < 300 && rt.end != endUploads && r.Method != http.MethodPatch {
+	if w.status == http.StatusForbidden || changes(rt.end, r.Method) && w.status < 300 {
 		level = slog.LevelInfo
 	}
 	if !s.log.Enabled(context.Background(), level) {
@@ -166,8 +166,14 @@ func (s *Server) account(w *recorder, r *http.Request, rt route, took time.Durat
 			s.log.Warn("requests were denied that the log does not show", "requests", unsaid)
 		}
 	}
-	s.log.Log(context.Background(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status,
+	s.log.Log(context.Background(), level, "request", "method", r.Method, "path", r.URL.Path, "status", w.status, "digest", w.Header().Get("Docker-Content-Digest"),
 		"bytes", w.bytes, "took", took, "user", w.user, "client", r.RemoteAddr, "agent", r.UserAgent())
+}
+
+// changes reports whether a request that succeeded has changed what others see:
+// not that it brought part of a blob, or was given a token.
+func changes(end endpoint, method string) bool {
+	return isWrite(method) && method != http.MethodPatch && end != endUploads && end != endUnknown
 }
 
 // recorder remembers the status and size of an answer. It passes ReadFrom on,

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -137,11 +138,34 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 // putUpload appends the last chunk, if there is one, and turns the upload into
 // a blob.
 func (s *Server) putUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	ref := r.URL.Query().Get("digest")
 	upload, err := s.resume(r.Context(), repo, id)
+	if errors.Is(err, errBlobUploadUnknown) && s.finished(w, r, repo, ref) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	return s.finish(w, r, repo, upload, r.URL.Query().Get("digest"))
+	return s.finish(w, r, repo, upload, ref)
+}
+
+// finished answers a client whose upload is a blob already, and who was not told
+// because the connection, or the replica, broke off before it came to that.
+func (s *Server) finished(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) bool {
+	d, err := parseDigest(ref)
+	if err != nil {
+		return false
+	}
+	f, _, err := repo.OpenLayer(r.Context(), d)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	// Many clients take no answer before they have sent all.
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: math.MaxInt64}
+	_, _ = io.Copy(io.Discard, body)
+	blobCreated(w, repo, d)
+	return true
 }
 
 // cancelUpload throws an upload away.
@@ -165,11 +189,15 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	if err != nil {
 		return errors.Join(err, upload.Close())
 	}
+	again := watchResend(r, upload, d)
 	if err := s.receive(w, r, repo, upload); err != nil {
 		return err
 	}
 	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
 	var invalid distribution.ErrBlobInvalidDigest
+	if errors.As(err, &invalid) && again.is(d) {
+		err = again.commit(r.Context(), s, repo, upload, d)
+	}
 	switch {
 	case err == nil:
 		blobCreated(w, repo, d)
