@@ -45,6 +45,7 @@ type Duties struct {
 	outbox   *Outbox
 	notifier *notify.Notifier // nil: nobody wants to know
 	collect  v1alpha1.GarbageCollection
+	metrics  *maintainMetrics
 	store    *storage.Store
 	log      *slog.Logger
 }
@@ -54,6 +55,10 @@ func NewDuties(ctx context.Context, c DutiesConfig) (*Duties, error) {
 	d := &Duties{collect: c.Spec.GarbageCollection, store: c.Store, log: c.Logger}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if d.metrics, err = newMaintainMetrics(c.Metrics); err != nil {
+		return nil, err
 	}
 	outbox, err := c.Sync.Outbox(c.Spec, c.Store)
 	if err != nil {
@@ -131,7 +136,7 @@ func (d *Duties) Run(ctx context.Context) error {
 		g.Go(func() error { return d.notifier.Run(ctx) })
 	}
 	g.Go(func() error {
-		Maintain(ctx, d.store, func() v1alpha1.GarbageCollection { return d.collect }, d.log)
+		keepMaintained(ctx, d.store, func() v1alpha1.GarbageCollection { return d.collect }, d.metrics, d.log)
 		return nil
 	})
 	return g.Wait()

@@ -10,15 +10,15 @@ import (
 	"github.com/connected-registry/connected-registry/storage"
 )
 
-// maintainCheck is how often Maintain looks whether its time has come, or its
+// maintainCheck is how often keepMaintained looks whether its time has come, or its
 // configuration has changed.
 const maintainCheck = 30 * time.Second
 
-// Maintain looks after a store on the schedule of spec.garbageCollection until ctx
-// ends: see storage.Store.Maintain. The configuration, with its defaults, is asked
-// for anew each time, so that it can change. One process at a time does this, the
-// leader; what fails is logged, and tried again when the time comes.
-func Maintain(ctx context.Context, store *storage.Store, config func() v1alpha1.GarbageCollection, log *slog.Logger) {
+// keepMaintained looks after a store on the schedule of spec.garbageCollection
+// until ctx ends: see storage.Store.Maintain. The configuration, with its defaults,
+// is asked for anew each time, so that it can change. One process at a time does
+// this, the leader; what fails is logged, and tried again when the time comes.
+func keepMaintained(ctx context.Context, store *storage.Store, config func() v1alpha1.GarbageCollection, metrics *maintainMetrics, log *slog.Logger) {
 	schedule, due := "", time.Time{}
 	for {
 		gc := config()
@@ -27,7 +27,7 @@ func Maintain(ctx context.Context, store *storage.Store, config func() v1alpha1.
 		}
 		if !due.IsZero() && !time.Now().Before(due) {
 			if gc.Enabled == nil || *gc.Enabled {
-				maintain(ctx, store, gc, log)
+				maintain(ctx, store, gc, metrics, log)
 			}
 			due = next(schedule, log)
 		}
@@ -47,13 +47,18 @@ func next(schedule string, log *slog.Logger) time.Time {
 	return s.Next(time.Now())
 }
 
-func maintain(ctx context.Context, store *storage.Store, gc v1alpha1.GarbageCollection, log *slog.Logger) {
+func maintain(ctx context.Context, store *storage.Store, gc v1alpha1.GarbageCollection, metrics *maintainMetrics, log *slog.Logger) {
 	minAge, err := v1alpha1.ParseDuration(gc.MinAge)
 	if err != nil {
 		log.Error("garbage is not collected", "error", fmt.Errorf("spec.garbageCollection.minAge: %w", err))
 		return
 	}
+	began := time.Now()
 	did, err := store.Maintain(ctx, storage.Maintenance{MinAge: minAge})
+	if ctx.Err() == nil {
+		metrics.ended(time.Since(began), err)
+	}
+	metrics.observe(did, err == nil)
 	for _, d := range did.Damaged {
 		// A synchronisation looks whether all that is selected is here, and so
 		// brings it; what clients pushed it cannot bring.

@@ -1,7 +1,11 @@
 package syncer
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 // metrics are the syncer's, nil when none are kept.
@@ -101,4 +105,94 @@ func newOutboxMetrics(registerer prometheus.Registerer) (*outboxMetrics, error) 
 		}
 	}
 	return m, nil
+}
+
+// maintainMetrics are those of looking after the store.
+type maintainMetrics struct {
+	runs                                                *prometheus.CounterVec
+	lastSuccess, duration, waiting, skipped, stored     prometheus.Gauge
+	manifests, layers, blobs, freed, uploads, temporary prometheus.Counter
+	scrubbedBlobs, scrubbedBytes, corrupt               prometheus.Counter
+	damaged                                             prometheus.Gauge
+}
+
+// newMaintainMetrics registers them, with registerer nil nowhere.
+func newMaintainMetrics(registerer prometheus.Registerer) (*maintainMetrics, error) {
+	var all []prometheus.Collector
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "connected_registry_" + name, Help: help})
+		all = append(all, c)
+		return c
+	}
+	gauge := func(name, help string) prometheus.Gauge {
+		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: "connected_registry_" + name, Help: help})
+		all = append(all, g)
+		return g
+	}
+	m := &maintainMetrics{
+		runs:          prometheus.NewCounterVec(prometheus.CounterOpts{Name: "connected_registry_gc_runs_total", Help: "Garbage collections that ended, by their outcome."}, []string{"state"}),
+		lastSuccess:   gauge("gc_last_success_timestamp_seconds", "End of the last garbage collection that came to its end."),
+		duration:      gauge("gc_last_duration_seconds", "Duration of the last garbage collection, with scrubbing."),
+		manifests:     counter("gc_removed_manifests_total", "Manifests taken out of repositories."),
+		layers:        counter("gc_removed_layers_total", "Layers taken out of repositories."),
+		blobs:         counter("gc_removed_blobs_total", "Blobs deleted."),
+		freed:         counter("gc_freed_bytes_total", "Bytes of blobs deleted."),
+		uploads:       counter("gc_removed_uploads_total", "Uploads deleted that nobody went on with."),
+		temporary:     counter("gc_removed_files_total", "Temporary files deleted that crashes had left, and old files in quarantine."),
+		waiting:       gauge("gc_waiting", "Links and blobs that are to go and wait for their grace time."),
+		skipped:       gauge("gc_skipped_repositories", "Repositories left alone because what is tagged there cannot be read."),
+		stored:        gauge("gc_stored_bytes", "Bytes of all distinct content, as counted last."),
+		scrubbedBlobs: counter("scrub_blobs_total", "Blobs read again and compared with their digest."),
+		scrubbedBytes: counter("scrub_bytes_total", "Bytes read for that."),
+		corrupt:       counter("scrub_corrupt_total", "Blobs found corrupt by that and set aside."),
+		damaged:       gauge("scrub_damaged", "Blobs that were found corrupt, by whomever, and have not come back."),
+	}
+	// They are there before anything happened, so that alerts can look at them.
+	m.runs.WithLabelValues(stateSucceeded)
+	m.runs.WithLabelValues(stateFailed)
+	if registerer == nil {
+		return m, nil
+	}
+	for _, c := range append(all, m.runs) {
+		if err := registerer.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// The outcomes of looking after the store.
+const (
+	stateSucceeded = "Succeeded"
+	stateFailed    = "Failed"
+)
+
+// ended notes how looking after the store ended, and after how long.
+func (m *maintainMetrics) ended(took time.Duration, err error) {
+	m.duration.Set(took.Seconds())
+	if err != nil {
+		m.runs.WithLabelValues(stateFailed).Inc()
+		return
+	}
+	m.runs.WithLabelValues(stateSucceeded).Inc()
+	m.lastSuccess.SetToCurrentTime()
+}
+
+// observe adds what was done, which may have been broken off.
+func (m *maintainMetrics) observe(did storage.Maintained, finished bool) {
+	m.manifests.Add(float64(did.Collected.Manifests))
+	m.layers.Add(float64(did.Collected.Layers))
+	m.blobs.Add(float64(did.Collected.Blobs))
+	m.freed.Add(float64(did.Collected.Bytes))
+	m.uploads.Add(float64(did.Swept.Uploads))
+	m.temporary.Add(float64(did.Swept.Temporary))
+	m.scrubbedBlobs.Add(float64(did.Scrubbed.Blobs))
+	m.scrubbedBytes.Add(float64(did.Scrubbed.Bytes))
+	m.corrupt.Add(float64(did.Scrubbed.Corrupt))
+	if finished {
+		m.waiting.Set(float64(did.Collected.Waiting))
+		m.skipped.Set(float64(len(did.Collected.Skipped)))
+		m.stored.Set(float64(did.Usage.Total))
+		m.damaged.Set(float64(len(did.Damaged)))
+	}
 }
