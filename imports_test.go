@@ -21,6 +21,7 @@ var mayImport = map[string][]string{
 	"archive":                    {"storage", "api/v1alpha1"},
 	"storage":                    {"storage/bucket"},
 	"storage/bucket":             {},
+	"storage/bucket/buckettest":  {"storage/bucket"},
 	"storage/internal/membucket": {"storage/bucket"},
 	"agent":                      {"trust"},
 	"agent/daemon":               {"agent", "trust", "api/v1alpha1"},

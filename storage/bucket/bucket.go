@@ -22,10 +22,10 @@ type Attributes struct {
 	Size     int64     // bytes
 	Modified time.Time // when it was last put, by the object store's clock
 	// Version is opaque and differs between any two puts of an object whose
-	// contents differ, whoever made them.
+	// contents differ, whoever made them. Those of equal contents may be equal.
 	Version string
-	// Metadata is what the object was put with; nil in a listing. Names are in
-	// lower case.
+	// Metadata is what the object was put with; nil in a listing. Names consist
+	// of lower-case letters and digits; "writer" is taken.
 	Metadata map[string]string
 }
 
@@ -44,8 +44,10 @@ type Part struct {
 }
 
 // Bucket is a bucket of an object store, or what lies below a prefix in one.
-// Keys begin with no slash. Its methods may be called concurrently, try again
-// what may succeed then, and end with their context.
+// Keys neither begin nor end with a slash, and no key is another's up to one of
+// its slashes, as with files and directories: not every store could list both.
+// Its methods may be called concurrently, try again what may succeed then, and
+// end with their context.
 //
 // The error is fs.ErrNotExist for an object that is not there. Every other error
 // names the bucket and what to do.
@@ -58,14 +60,16 @@ type Bucket interface {
 	// Stat describes an object.
 	Stat(ctx context.Context, key string) (Attributes, error)
 	// Put stores an object in one step. What it returns has no Metadata. The
-	// error wraps ErrCondition when the conditions do not hold.
+	// error wraps ErrCondition when the conditions do not hold; it does not when
+	// they held and only the answer got lost, so that of many exactly one wins.
 	Put(ctx context.Context, key string, content []byte, metadata map[string]string, when Conditions) (Attributes, error)
 	// Delete removes an object. One that is not there is no error.
 	Delete(ctx context.Context, key string) error
 	// List yields the objects whose keys begin with prefix and sort after
 	// after, in byte order. With a delimiter of "/", those that have one after
 	// the prefix are yielded once for each part up to it, as Attributes with
-	// nothing but a Key that ends in the slash. The first error ends it.
+	// nothing but a Key that ends in the slash. The first error ends it. What
+	// changes while it runs is listed, or not.
 	List(ctx context.Context, prefix, after, delimiter string) iter.Seq2[Attributes, error]
 	// Copy makes to a copy of from with other metadata, within the object
 	// store, however large it is. from and to may be the same.
@@ -76,7 +80,8 @@ type Bucket interface {
 	Begin(ctx context.Context, key string, metadata map[string]string) (upload string, err error)
 	// Part uploads a part; numbers begin with 1 and are at most 10,000. All
 	// but the last have the same size, 5 MiB at least. A number that is
-	// uploaded again replaces what there was.
+	// uploaded again replaces what there was. content is read from where it
+	// stands, more than once.
 	Part(ctx context.Context, key, upload string, number int, content io.ReadSeeker, size int64) (Part, error)
 	// Complete puts the object together from all of its parts, in order of
 	// their numbers, with the metadata that it was begun with. The error is
@@ -85,7 +90,8 @@ type Bucket interface {
 	// Abort throws an upload away. One that is not there is no error.
 	Abort(ctx context.Context, key, upload string) error
 	// Uploads yields the uploads that were begun and neither completed nor
-	// aborted, where the object store can tell, for whoever sweeps.
+	// aborted, where the object store can tell, for whoever sweeps. prefix is
+	// a whole key: MinIO tells of no other.
 	Uploads(ctx context.Context, prefix string) iter.Seq2[Unfinished, error]
 
 	// String names the bucket for people: "s3://images/edge".

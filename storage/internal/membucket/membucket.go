@@ -196,6 +196,11 @@ func (b *Bucket) put(key string, content []byte, metadata map[string]string) (ob
 	if b.objects == nil {
 		b.objects = map[string]object{}
 	}
+	for other := range b.objects {
+		if strings.HasPrefix(other, key+"/") || strings.HasPrefix(key, other+"/") {
+			return object{}, fmt.Errorf("not every object store lists both this and %q", other)
+		}
+	}
 	o := object{content: content, modified: time.Now().Truncate(time.Second), metadata: maps.Clone(metadata)}
 	b.objects[key] = o
 	return o, nil
@@ -250,22 +255,26 @@ func (b *Bucket) List(ctx context.Context, prefix, after, delimiter string) iter
 // page is the next few of a listing.
 func (b *Bucket) page(prefix, after, delimiter string) []bucket.Attributes {
 	const size = 3
-	var page []bucket.Attributes
-	for _, key := range slices.Sorted(maps.Keys(b.objects)) {
+	names := map[string]bool{} // with those that stand for many
+	for key := range b.objects {
 		rest, ok := strings.CutPrefix(key, prefix)
 		if !ok {
 			continue
 		}
-		at := describe(key, b.objects[key])
-		if delimiter != "" {
-			if dir, _, ok := strings.Cut(rest, delimiter); ok {
-				at = bucket.Attributes{Key: prefix + dir + delimiter}
-			}
+		if folder, _, ok := strings.Cut(rest, delimiter); ok && delimiter != "" {
+			key = prefix + folder + delimiter
 		}
-		if at.Key <= after {
-			continue
+		if key > after {
+			names[key] = true
 		}
-		if page, after = append(page, at), at.Key; len(page) == size {
+	}
+	var page []bucket.Attributes
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		at := bucket.Attributes{Key: name}
+		if o, ok := b.objects[name]; ok {
+			at = describe(name, o)
+		}
+		if page = append(page, at); len(page) == size {
 			break
 		}
 	}
