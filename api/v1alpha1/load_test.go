@@ -136,7 +136,7 @@ func TestLoadProblems(t *testing.T) {
 		{"misspelt field", head + "  sync:\n    schedul: \"* * * * *\"\n", []string{"f:6: spec.sync.schedul: unknown field: did you mean schedule?"}},
 		{"field elsewhere", head + "  window: PT3H\n", []string{"f:5: spec.window: unknown field: did you mean spec.sync.window?"}},
 		{"field in a list elsewhere", head + "  scopeMap: []\n", []string{"f:5: spec.scopeMap: unknown field: did you mean spec.clientTokens[].scopeMap?"}},
-		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk, peers, prefetchBandwidth"}},
+		{"field of another program", head + "  nodeCache: {replicas: 3}\n", []string{"f:5: spec.nodeCache.replicas: unknown field: the fields here are maxSize, minFreeDisk, peers, prefetchBandwidth, prefetchWorkloads"}},
 		{"field by another case", head + "  Mode: ReadOnly\n", []string{"f:5: spec.Mode: unknown field: did you mean mode?"}},
 		{"odd field", head + "  \"a\\nb\": 1\n", []string{`f:5: spec."a\nb": unknown field: the fields here are anonymousPull, clientTokens, garbageCollection, immutableTags, logLevel, loginServer, mirrors, mode, nodeCache, notifications, parent, quota, repositories, suspend, sync, tls, trustDistribution, upstreams`}},
 		{"a field that does not exist", head + "  sync: {zzzz: true}\n", []string{"f:5: spec.sync.zzzz: unknown field: the fields here are chunkSizeInMb, concurrency, deletePropagation, maxBandwidth, maxRemovals, maxRequestsPerHour, messageTTL, onDemand, referrers, schedule, window"}},

@@ -43,7 +43,8 @@ type NodeConfiguration struct {
 	// not ask one another.
 	Peers []Peer `json:"peers,omitempty"`
 	// Prefetch brings images to the caches of nodes before they are needed. It
-	// stands for that of Mirrors, which is empty here.
+	// stands for that of Mirrors, which is empty here, and for
+	// NodeCache.PrefetchWorkloads, which is false.
 	Prefetch []NodePrefetch `json:"prefetch,omitempty"`
 	// ConfigureRuntime lets the agent change the container runtime's
 	// configuration and restart it.
@@ -83,6 +84,15 @@ type NodePrefetch struct {
 // AnnotationPeerAddress is on the Lease of a node's agent while other nodes may
 // ask its cache: where they reach it, IP:port.
 const AnnotationPeerAddress = Group + "/peer-address"
+
+// LabelPrefetch is "true" on the workloads of NodeCache.PrefetchWorkloads. It is a
+// label since the API server chooses objects by labels: the syncer is sent no
+// other workload.
+const LabelPrefetch = Group + "/prefetch"
+
+// AnnotationPrefetch names further images of such a workload, as a pod names
+// them, with commas between.
+const AnnotationPrefetch = Group + "/prefetch-images"
 
 // PrefetchFor returns the images that are to be brought to a node, each once.
 func (c *NodeConfiguration) PrefetchFor(node string) []string {

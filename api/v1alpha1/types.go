@@ -461,4 +461,12 @@ type NodeCache struct {
 	// PrefetchBandwidth is the most that prefetching takes on each node, in
 	// bytes per second. Empty: no limit.
 	PrefetchBandwidth *resource.Quantity `json:"prefetchBandwidth,omitempty"`
+	// PrefetchWorkloads brings the images of workloads in any namespace that
+	// bear the label connectedregistry.io/prefetch: "true" to the nodes that
+	// their pods may run on: Deployments, StatefulSets, DaemonSets, Jobs and
+	// CronJobs. The annotation connectedregistry.io/prefetch-images names more of
+	// them, such as those of the next version. Only images that nodes take from
+	// here are brought. Nodes may read the repositories of those that this
+	// registry's own names name. Default false.
+	PrefetchWorkloads bool `json:"prefetchWorkloads,omitempty"`
 }

@@ -60,6 +60,7 @@ type agentFlags struct {
 	data, containerd             string
 	cacheListen, healthListen    string
 	nodeIP, peerTLS              string
+	prefetchCredentials          string
 	peerPort                     uint16
 	secretGrace                  time.Duration
 	once                         bool
@@ -83,6 +84,7 @@ func (f *agentFlags) register(cmd *cobra.Command) {
 	flags.Uint16Var(&f.peerPort, "peer-port", 0, "port at which the caches of other nodes are served, where the configuration lets nodes ask one another; 0 for none")
 	flags.StringVar(&f.nodeIP, "node-ip", "", "the node's own IP address, for --peer-port (default $NODE_IP)")
 	flags.StringVar(&f.peerTLS, "peer-tls", "", "directory with tls.crt, tls.key and ca.crt, by which the caches of nodes know one another")
+	flags.StringVar(&f.prefetchCredentials, "prefetch-credentials", "", "directory with username and password, by which the registry lets this node prefetch what not everybody may read; read again when they are needed")
 	flags.DurationVar(&f.secretGrace, "secret-grace", 10*time.Minute, "how long the certificates of a deleted Secret stay trusted")
 	flags.BoolVar(&f.once, "once", false, "configure the node from --config and --ca, without Kubernetes, and end")
 	flags.StringArrayVar(&f.cas, "ca", nil, "with --once: file with CA certificates of the registry; may be repeated")
@@ -174,7 +176,8 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	if f.cacheListen != "" {
 		if nodeCache, err = newNodeCache(nodeCacheConfig{
 			dir: f.cacheDir(), listen: f.cacheListen, containerd: f.containerdSocket(),
-			node: config.Node, peer: peer, peerTLS: f.peerTLS, log: log,
+			node: config.Node, peer: peer, peerTLS: f.peerTLS,
+			credentials: f.prefetchCredentials, log: log,
 		}); err != nil {
 			return err
 		}

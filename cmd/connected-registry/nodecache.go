@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +35,7 @@ type nodeCacheConfig struct {
 	node        string // its name in the cluster; empty: it has none
 	peer        string // IP:port at which other nodes are served; empty: they are not
 	peerTLS     string // directory with tls.crt, tls.key and ca.crt for that
+	credentials string // directory with username and password, to prefetch with; empty: none
 	log         *slog.Logger
 }
 
@@ -54,6 +59,7 @@ type cacheOrder struct {
 
 	images    []string // to prefetch
 	bandwidth int64    // for it
+	own       []string // the registry's own names
 	peering   bool     // nodes ask one another
 	peers     []cache.Peer
 }
@@ -90,8 +96,12 @@ func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) erro
 	want := cacheOrder{
 		Config:  cache.Config{Dir: n.dir, ContentStore: n.containerd, Registries: cache.NodeRegistries(c, caFile), Logger: n.log},
 		images:  c.PrefetchFor(n.node),
+		own:     c.Names,
 		peering: c.NodeCache.Peers && n.peer != "",
 		peers:   peersOf(c),
+	}
+	if n.credentials != "" {
+		want.NodeCredential = n.credential
 	}
 	if q := c.NodeCache.PrefetchBandwidth; q != nil {
 		want.bandwidth = q.Value()
@@ -113,6 +123,28 @@ func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) erro
 	default:
 	}
 	return nil
+}
+
+// credential is what the node shows to the registry itself, and to no other. It
+// is read again each time: until it is there, nothing is shown.
+func (n *nodeCache) credential(host string) (user, password string) {
+	n.mu.Lock()
+	own := n.want.own
+	n.mu.Unlock()
+	if !slices.ContainsFunc(own, func(name string) bool { return strings.EqualFold(name, host) }) {
+		return "", ""
+	}
+	for file, value := range map[string]*string{"username": &user, "password": &password} {
+		text, err := os.ReadFile(filepath.Join(n.credentials, file))
+		if err != nil {
+			if !errors.Is(err, fs.ErrNotExist) {
+				n.log.Warn("images that not everybody may read are not prefetched", "error", err)
+			}
+			return "", ""
+		}
+		*value = strings.TrimSpace(string(text))
+	}
+	return user, password
 }
 
 // Serving implements daemon.Cache.

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -16,6 +18,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
@@ -167,4 +170,70 @@ func TestNodeCachePrefetches(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestNodeCachePrefetchesPrivate brings an image with the node's own credential,
+// which is not there at first, and opens it to nobody.
+func TestNodeCachePrefetchesPrivate(t *testing.T) {
+	registry, stopRegistry := startReplica(t)
+	defer stopRegistry()
+	image := pushRandom(t, registry, "team/private:1")
+	const metric = "connected_registry_cache_prefetch_images"
+	listen, credentials := freeAddress(t), t.TempDir()
+	n, stop := runNodeCache(t, nodeCacheConfig{
+		dir: t.TempDir(), listen: listen, node: "node-a", credentials: credentials, log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	defer stop()
+	order := func(bandwidth string) { // another order, so that it is looked at again now
+		t.Helper()
+		err := n.Configure(&v1alpha1.NodeConfiguration{
+			Registry: registry, PlainHTTP: true, Names: []string{registry},
+			NodeCache: v1alpha1.NodeCache{PrefetchBandwidth: new(resource.MustParse(bandwidth))},
+			Prefetch:  []v1alpha1.NodePrefetch{{Images: []string{registry + "/team/private:1"}}},
+		}, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	order("1Gi")
+	await(t, "it cannot be read", func() bool { return gauge(t, n, metric, "missing") == 1 })
+	for file, content := range map[string]string{"username": "ci", "password": "pw\n"} {
+		if err := os.WriteFile(filepath.Join(credentials, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	order("2Gi")
+	await(t, "the image is here", func() bool { return gauge(t, n, metric, "present") == 1 })
+	if user, password := n.credential("mirror.example"); user+password != "" {
+		t.Error("another registry is shown the credential")
+	}
+	layers, err := image.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for auth, want := range map[string]int{"": http.StatusUnauthorized, "wrong": http.StatusUnauthorized, "pw": http.StatusOK} {
+		req, err := http.NewRequest(http.MethodGet, fmt.Sprintf("http://%s/v2/team/private/blobs/%s?ns=%s", listen, d, registry), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if auth != "" {
+			req.SetBasicAuth("ci", auth)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+			t.Error(err)
+		}
+		resp.Body.Close()
+		if status := resp.Header.Get("Cache-Status"); resp.StatusCode != want || want == http.StatusOK && !strings.Contains(status, "hit") {
+			t.Errorf("with %q: %d, want %d: %s", auth, resp.StatusCode, want, status)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
 }

@@ -1,16 +1,15 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"strings"
-	"time"
 
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -93,28 +92,40 @@ func (p *prefetch) image(ctx context.Context, name string) error {
 		return fmt.Errorf("the cache does not answer for %s", host)
 	}
 	rq := p.request(reg, rt, "")
-	m, err := p.manifest(ctx, rq)
-	var no *refusal
-	if errors.As(err, &no) && no.status == http.StatusUnauthorized {
-		auth, e := p.authorize(ctx, reg, rt.repo, no.challenges)
-		if e != nil {
-			return e
-		}
-		rq = p.request(reg, rt, auth)
+	var m *manifest
+	err = p.authorized(ctx, &rq, func() (err error) {
 		m, err = p.manifest(ctx, rq)
-	}
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	return p.content(ctx, rq, m)
 }
 
+// authorized does what rq is for, and once more with credentials in rq if the
+// registry asks for some: at first, or since those of rq have run out.
+func (p *prefetch) authorized(ctx context.Context, rq **request, do func() error) error {
+	err := do()
+	var no *refusal
+	if !errors.As(err, &no) || no.status != http.StatusUnauthorized {
+		return err
+	}
+	auth, err := p.authorize(ctx, *rq, no.challenges)
+	if err != nil {
+		return err
+	}
+	*rq = p.request((*rq).registry, (*rq).route, auth)
+	return do()
+}
+
 func (p *prefetch) request(reg *registry, rt route, auth string) *request {
 	rq := &request{
-		target:   target{route: rt, host: reg.host, reader: p.disk.key.reader(reg.host, rt.repo, auth)},
+		target:   target{route: rt, host: reg.host, reader: p.disk.key.reader(reg.host, rt.repo, "")},
 		registry: reg, disk: p.disk, faults: &p.cache.faults, pseudonym: p.cache.pseudonym,
-		auth: auth, header: http.Header{"Accept": manifestTypes}, limit: p.limit,
+		header: http.Header{"Accept": manifestTypes}, limit: p.limit,
 	}
+	rq.setAuth(auth)
 	if rt.digest != "" {
 		rq = rq.about(rt.digest)
 	}
@@ -169,7 +180,8 @@ func (p *prefetch) content(ctx context.Context, rq *request, m *manifest) error 
 		blobs = append(blobs, *refers.Config)
 	}
 	for _, b := range blobs {
-		if err := p.blob(ctx, rq, b.Digest); err != nil {
+		err := p.authorized(ctx, &rq, func() error { return p.blob(ctx, rq, b.Digest) })
+		if err != nil {
 			return fmt.Errorf("blob %s: %w", b.Digest, err)
 		}
 	}
@@ -231,12 +243,14 @@ func (p *prefetch) blob(ctx context.Context, rq *request, d digest.Digest) error
 // authorize returns what to say to a registry that asks for credentials: the
 // node's own, or a token that its token service gives for them, or for none
 // (distribution, "Token Authentication Specification").
-func (p *prefetch) authorize(ctx context.Context, reg *registry, repo string, challenges []string) (string, error) {
-	basic := ""
+func (p *prefetch) authorize(ctx context.Context, rq *request, challenges []string) (string, error) {
+	user, password := "", ""
 	if credential := p.cache.cfg.NodeCredential; credential != nil {
-		if user, password := credential(reg.host); user != "" {
-			basic = "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
-		}
+		user, password = credential(rq.host)
+	}
+	basic := ""
+	if user != "" {
+		basic = "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
 	}
 	for _, challenge := range challenges {
 		scheme, params, _ := strings.Cut(challenge, " ")
@@ -244,10 +258,12 @@ func (p *prefetch) authorize(ctx context.Context, reg *registry, repo string, ch
 		case strings.EqualFold(scheme, "Basic") && basic != "":
 			return basic, nil
 		case strings.EqualFold(scheme, "Bearer"):
-			return p.token(ctx, reg, repo, basic, challengeParams(params))
+			return p.token(ctx, rq, challengeParams(params), &tokenRequest{
+				auth: basic, credential: p.disk.key.fact("credential", rq.host, "password", user, password),
+			})
 		}
 	}
-	return "", errors.New("the registry asks for credentials, of which this node has none: let everybody read it (anonymousPull)")
+	return "", errors.New("the registry asks for credentials, of which this node has none: let everybody read it (anonymousPull), or name it in a workload by one of the registry's own names (nodeCache.prefetchWorkloads)")
 }
 
 // challengeParams reads the parameters of a challenge (RFC 9110, section 11.2).
@@ -270,40 +286,33 @@ func challengeParams(s string) map[string]string {
 	return params
 }
 
-func (p *prefetch) token(ctx context.Context, reg *registry, repo, basic string, challenge map[string]string) (string, error) {
+// token asks for q the token service that a challenge names.
+func (p *prefetch) token(ctx context.Context, rq *request, challenge map[string]string, q *tokenRequest) (string, error) {
+	reg := rq.registry
 	realm, err := url.Parse(challenge["realm"])
 	up := reg.upstreams[0][len(reg.upstreams[0])-1]
 	if err != nil || realm.Host == "" || realm.Scheme != "https" && realm.Scheme != up.base.Scheme {
 		return "", errors.New("the registry names no token service that can be used")
 	}
-	query := realm.Query()
-	query.Set("service", challenge["service"])
-	query.Set("scope", "repository:"+repo+":pull")
-	realm.RawQuery = query.Encode()
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, realm.String(), nil)
+	reg.tokens.Store(&tokenService{realm, up})
+	q.query = url.Values{"service": {challenge["service"]}, "scope": {"repository:" + rq.repo + ":pull"}}
+	status, body, err := p.cache.forwardToken(ctx, reg, q)
 	if err != nil {
 		return "", err
 	}
-	if basic != "" {
-		req.Header.Set("Authorization", basic)
+	if status != http.StatusOK {
+		return "", fmt.Errorf("the token service %s answered %d and no token", realm.Host, status)
 	}
-	resp, err := up.client.Do(req)
-	if err != nil {
-		return "", transportError(ctx, up, err)
+	// So that what this token may read is known of the next one as well.
+	if err := p.disk.rememberToken(reg, q.credential, body); err != nil {
+		return "", err
 	}
-	defer resp.Body.Close()
 	var answer struct {
 		Token       string `json:"token"`
 		AccessToken string `json:"access_token"`
 	}
-	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&answer)
-	if answer.Token == "" {
-		answer.Token = answer.AccessToken
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return "", fmt.Errorf("reading the answer of the token service %s: %w", realm.Host, err)
 	}
-	if resp.StatusCode != http.StatusOK || err != nil || answer.Token == "" {
-		return "", fmt.Errorf("the token service %s answered %d and no token", realm.Host, resp.StatusCode)
-	}
-	return "Bearer " + answer.Token, nil
+	return "Bearer " + cmp.Or(answer.Token, answer.AccessToken), nil
 }

@@ -173,6 +173,35 @@ func TestPrefetchCredentials(t *testing.T) {
 	}
 }
 
+// TestPrefetchTokenRunsOut brings an image that takes longer than a token lasts.
+func TestPrefetchTokenRunsOut(t *testing.T) {
+	o, tokens := newOrigin(t), newTokenServer(t)
+	layers := image(o, random(1000, 175), random(1000, 176), random(1000, 177))
+	tokens.guard(o)
+	guarded := o.front
+	o.setFront(func(w http.ResponseWriter, r *http.Request) bool {
+		done := guarded(w, r)
+		if !done && strings.Contains(r.URL.Path, "/blobs/") {
+			tokens.mu.Lock()
+			clear(tokens.valid)
+			tokens.mu.Unlock()
+		}
+		return done
+	})
+	n := start(t, Config{
+		Registries:     upstreams(o.URL),
+		NodeCredential: func(string) (string, string) { return "alice", "secret" },
+	})
+	if err := n.Prefetch(t.Context(), []string{imageRef}, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, layer := range layers {
+		if !n.stored(digest.FromBytes(layer)) {
+			t.Error("a layer is missing")
+		}
+	}
+}
+
 // TestPrefetchBandwidth checks the rate, and that a client is not held to it.
 func TestPrefetchBandwidth(t *testing.T) {
 	const bandwidth = 100 << 10

@@ -35,10 +35,12 @@ const (
 
 var nodes = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
 
-// fleet is what is known of the nodes.
+// fleet is what is known of the nodes, and of the workloads whose images they
+// are to have.
 type fleet struct {
-	at    time.Time         // when they were looked at; zero: never
-	nodes map[string]member // by name
+	at        time.Time         // when they were looked at; zero: never
+	nodes     map[string]member // by name
+	workloads []workload        // the oldest first
 }
 
 type member struct {
@@ -76,14 +78,14 @@ func needsFleet(spec *v1alpha1.Spec) bool {
 	if spec.TrustDistribution.Disabled {
 		return false
 	}
-	return spec.NodeCache.Peers || slices.ContainsFunc(spec.Mirrors, func(m v1alpha1.Mirror) bool {
+	return spec.NodeCache.Peers || spec.NodeCache.PrefetchWorkloads || slices.ContainsFunc(spec.Mirrors, func(m v1alpha1.Mirror) bool {
 		return slices.ContainsFunc(m.Prefetch, func(p v1alpha1.Prefetch) bool { return len(p.NodeSelector) > 0 })
 	})
 }
 
-// lookAtNodes brings l.fleet up to date if it is older than every, and removes
+// lookAround brings l.fleet up to date if it is older than every, and removes
 // Leases that nobody renews any more. On error what was known stays.
-func (l *loop) lookAtNodes(ctx context.Context, every time.Duration) error {
+func (l *loop) lookAround(ctx context.Context, spec *v1alpha1.Spec, every time.Duration) error {
 	now := time.Now()
 	if !l.fleet.at.IsZero() && now.Before(l.fleet.at.Add(every)) {
 		return nil
@@ -103,8 +105,14 @@ func (l *loop) lookAtNodes(ctx context.Context, every time.Duration) error {
 	if err != nil {
 		return fmt.Errorf("listing the agents' Leases: %w", err)
 	}
+	var workloads []workload
+	if spec.NodeCache.PrefetchWorkloads {
+		if workloads, err = l.listWorkloads(ctx); err != nil {
+			return err
+		}
+	}
 	all, stale := joinFleet(found.Items, leases.Items, now)
-	l.fleet = fleet{at: now, nodes: all}
+	l.fleet = fleet{at: now, nodes: all, workloads: workloads}
 	return l.removeLeases(ctx, stale)
 }
 
@@ -171,31 +179,4 @@ func (l *loop) removeLeases(ctx context.Context, stale []coordinationv1.Lease) e
 		l.log.Info("removed the Lease of a node that is gone", "lease", lease.Name)
 	}
 	return nil
-}
-
-// prefetch says what to bring to which nodes. What no node is chosen for is left
-// out, and images for the same nodes stand together.
-func prefetch(mirrors []v1alpha1.Mirror, f *fleet) []v1alpha1.NodePrefetch {
-	var all []v1alpha1.NodePrefetch
-	at := make(map[string]int) // in all, by selector
-	for _, m := range mirrors {
-		for _, p := range m.Prefetch {
-			key := labels.Set(p.NodeSelector).String()
-			i, ok := at[key]
-			if !ok {
-				var names []string
-				if len(p.NodeSelector) > 0 {
-					if names = f.names(p.NodeSelector); len(names) == 0 {
-						continue
-					}
-				}
-				i = len(all)
-				at[key], all = i, append(all, v1alpha1.NodePrefetch{Nodes: names})
-			}
-			for _, image := range p.Images {
-				all[i].Images = append(all[i].Images, m.Registry+"/"+image)
-			}
-		}
-	}
-	return all
 }

@@ -108,8 +108,9 @@ func TestPrefetch(t *testing.T) {
 		{Images: []string{"docker.io/team/cuda:12", "ghcr.io/x/y@sha256:1", "ghcr.io/x/z:2"}, Nodes: []string{"a", "b"}},
 		{Images: []string{"ghcr.io/x/one:1"}, Nodes: []string{"b"}},
 	}
-	if diff := cmp.Diff(want, prefetch(mirrors, f)); diff != "" {
-		t.Errorf("-want +got:\n%s", diff)
+	got, err := planPrefetch(&v1alpha1.NodeConfiguration{}, &v1alpha1.Spec{Mirrors: mirrors}, f)
+	if diff := cmp.Diff(want, got); diff != "" || err != nil {
+		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
 }
 

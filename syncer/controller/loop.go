@@ -241,7 +241,7 @@ func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader)
 	f.loginServer = names[0]
 	l.setJob(ctx, f, secrets)
 	f.source = l.source
-	f.rendering = errors.Join(l.renderReplica(ctx, f.cr, names, secrets), l.renderPeers(ctx, f.cr, secrets), l.renderNode(ctx, f.cr, svc))
+	f.rendering = l.render(ctx, f.cr, svc, names, secrets)
 	if needsFleet(&f.cr.Spec) {
 		again = sooner(again, fleetInterval)
 	}
@@ -250,6 +250,16 @@ func (l *loop) carryOut(ctx context.Context, f *findings, secrets *secretReader)
 		again = sooner(again, maxRetry)
 	}
 	return again, ctx.Err()
+}
+
+// render makes what replicas and nodes are told, as far as it can.
+func (l *loop) render(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service, names []string, secrets *secretReader) error {
+	nodes, incomplete := l.forNodes(ctx, cr, svc)
+	token, err := l.nodeToken(ctx, cr, nodes, secrets)
+	return errors.Join(incomplete, err,
+		l.renderReplica(ctx, cr, names, token, secrets),
+		l.renderPeers(ctx, cr, secrets),
+		l.renderNode(ctx, cr, nodes))
 }
 
 // sooner is the earlier of two times, of which the second may be missing.

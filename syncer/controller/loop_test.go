@@ -43,6 +43,15 @@ type world struct {
 	config  Config
 }
 
+// listKinds are those of everything that is asked for by the dynamic client.
+func listKinds() map[schema.GroupVersionResource]string {
+	kinds := map[schema.GroupVersionResource]string{registries: "ConnectedRegistryList"}
+	for _, k := range workloadKinds {
+		kinds[k.resource] = k.resource.Resource + "List"
+	}
+	return kinds
+}
+
 // newWorld holds a resource, whose spec is in YAML, and the replicas' Service.
 func newWorld(t *testing.T, data, spec string) *world {
 	t.Helper()
@@ -60,7 +69,7 @@ func newWorld(t *testing.T, data, spec string) *world {
 			Spec:       corev1.ServiceSpec{ClusterIP: "10.96.0.50", Ports: []corev1.ServicePort{{Name: "https", Port: 443}}},
 		}),
 		dynamic: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(scheme,
-			map[schema.GroupVersionResource]string{registries: "ConnectedRegistryList"}, &unstructured.Unstructured{Object: object}),
+			listKinds(), &unstructured.Unstructured{Object: object}),
 	}
 	w.config = Config{
 		Client: w.kube, Dynamic: w.dynamic, Metadata: metadatafake.NewSimpleMetadataClient(scheme),

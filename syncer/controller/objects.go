@@ -108,7 +108,7 @@ func own(o *metav1.ObjectMeta, cr *v1alpha1.ConnectedRegistry) (changed bool) {
 	return changed
 }
 
-func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry, names []string, secrets *secretReader) error {
+func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry, names []string, prefetch *nodeToken, secrets *secretReader) error {
 	was, err := secrets.get(ctx, ReplicaSecret)
 	if err != nil {
 		return err
@@ -129,27 +129,37 @@ func (l *loop) renderReplica(ctx context.Context, cr *v1alpha1.ConnectedRegistry
 	if data == nil {
 		return problem
 	}
+	if err := prefetch.addTo(data, now, l.tokens); err != nil {
+		return errors.Join(problem, err)
+	}
+	l.tokens.Forget()
 	return errors.Join(problem, l.writeSecret(ctx, cr, ReplicaSecret, was, data))
 }
 
-func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service) error {
+// forNodes is what nodes are to be told: nil while it is not known. It may be
+// known in spite of an error.
+func (l *loop) forNodes(ctx context.Context, cr *v1alpha1.ConnectedRegistry, svc service) (*v1alpha1.NodeConfiguration, error) {
 	every := resyncInterval
 	if needsFleet(&cr.Spec) {
 		every = fleetInterval
 	}
-	fleetErr := l.lookAtNodes(ctx, every)
+	fleetErr := l.lookAround(ctx, &cr.Spec, every)
 	if fleetErr != nil && l.fleet.at.IsZero() && needsFleet(&cr.Spec) {
-		return fleetErr // nodes go on with what they were told before
+		return nil, fleetErr // nodes go on with what they were told before
 	}
 	c, err := nodeConfiguration(&cr.Spec, svc, l.source, &l.fleet)
-	if err != nil {
-		return err
+	return c, errors.Join(fleetErr, err)
+}
+
+func (l *loop) renderNode(ctx context.Context, cr *v1alpha1.ConnectedRegistry, c *v1alpha1.NodeConfiguration) error {
+	if c == nil {
+		return nil
 	}
 	data, err := yaml.Marshal(c)
 	if err != nil {
 		return err
 	}
-	return errors.Join(fleetErr, l.writeConfigMap(ctx, cr, map[string]string{keyNode: string(data)}))
+	return l.writeConfigMap(ctx, cr, map[string]string{keyNode: string(data)})
 }
 
 // writeSecret makes a Secret hold data; was is what there is of it. Equal content
@@ -168,6 +178,23 @@ func (l *loop) writeSecret(ctx context.Context, cr *v1alpha1.ConnectedRegistry, 
 	}
 	s.Data = data
 	_, err := withRequestTime(ctx, func(ctx context.Context) (*corev1.Secret, error) { return api.Update(ctx, s, metav1.UpdateOptions{}) })
+	return written("Secret", name, err)
+}
+
+// removeSecret removes a Secret, unless it is somebody else's; was is what there
+// is of it.
+func (l *loop) removeSecret(ctx context.Context, name string, was *corev1.Secret) error {
+	if was == nil || was.Labels[managedByLabel] != managedBy {
+		return nil
+	}
+	_, err := withRequestTime(ctx, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, l.config.Client.CoreV1().Secrets(l.config.Namespace).Delete(ctx, name, metav1.DeleteOptions{
+			Preconditions: &metav1.Preconditions{UID: &was.UID},
+		})
+	})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
 	return written("Secret", name, err)
 }
 

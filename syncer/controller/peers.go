@@ -6,10 +6,6 @@ import (
 	"crypto/x509"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/trust"
 )
@@ -37,7 +33,7 @@ func (l *loop) renderPeers(ctx context.Context, cr *v1alpha1.ConnectedRegistry, 
 		return err
 	}
 	if !cr.Spec.NodeCache.Peers || cr.Spec.TrustDistribution.Disabled {
-		return l.removePeers(ctx, was)
+		return l.removeSecret(ctx, PeersSecret, was)
 	}
 	now := time.Now()
 	if was != nil && peersAreGood(was.Data, now) {
@@ -49,21 +45,6 @@ func (l *loop) renderPeers(ctx context.Context, cr *v1alpha1.ConnectedRegistry, 
 	}
 	l.log.Info("making a new certificate for the caches of nodes: until each has it, those that have and those that have not ask the registry instead of one another")
 	return l.writeSecret(ctx, cr, PeersSecret, was, data)
-}
-
-func (l *loop) removePeers(ctx context.Context, was *corev1.Secret) error {
-	if was == nil || was.Labels[managedByLabel] != managedBy {
-		return nil
-	}
-	_, err := withRequestTime(ctx, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, l.config.Client.CoreV1().Secrets(l.config.Namespace).Delete(ctx, PeersSecret, metav1.DeleteOptions{
-			Preconditions: &metav1.Preconditions{UID: &was.UID},
-		})
-	})
-	if apierrors.IsNotFound(err) {
-		return nil
-	}
-	return written("Secret", PeersSecret, err)
 }
 
 // newPeers makes a CA, has it sign one certificate, and forgets its key: nothing

@@ -124,7 +124,6 @@ func replicaData(ctx context.Context, cr *v1alpha1.ConnectedRegistry, names []st
 			data[file] = content
 		}
 	}
-	tokens.Forget()
 	return data, errors.Join(errs...)
 }
 
@@ -177,7 +176,9 @@ func signingSecret(given, now []byte) ([]byte, error) {
 	return []byte(hex.EncodeToString(secret)), nil
 }
 
-// nodeConfiguration is what nodes are told.
+// nodeConfiguration is what nodes are told. Where they are not told all of it,
+// the error says so, and the configuration is good in spite of it; without a
+// configuration, it says why there is none.
 func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f *fleet) (*v1alpha1.NodeConfiguration, error) {
 	address, err := s.address()
 	if err != nil {
@@ -194,13 +195,15 @@ func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f 
 		SystemTrust:      spec.TrustDistribution.SystemTrust == nil || *spec.TrustDistribution.SystemTrust,
 		Mirrors:          syncer.NodeMirrors(spec, source),
 		NodeCache:        spec.NodeCache,
-		Prefetch:         prefetch(spec.Mirrors, f),
 		ConfigureRuntime: spec.TrustDistribution.ConfigureRuntime,
 		LogLevel:         spec.LogLevel,
 	}
+	c.NodeCache.PrefetchWorkloads = false // nodes are told what it comes to
 	for i := range c.Mirrors {
 		c.Mirrors[i].Prefetch = nil
 	}
+	var crowded error
+	c.Prefetch, crowded = planPrefetch(c, spec, f)
 	if spec.NodeCache.Peers {
 		c.Peers = f.peers()
 	}
@@ -216,5 +219,5 @@ func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f 
 	if errs := c.Validate(); len(errs) > 0 {
 		return nil, fmt.Errorf("rendering what nodes are told: %w", errs.ToAggregate())
 	}
-	return c, nil
+	return c, crowded
 }
