@@ -60,23 +60,6 @@ func (w *world) fetch(t *testing.T) {
 	}
 }
 
-// fetchSoon is fetch for when the cluster has yet to notice something: a pull
-// that fails is repeated, as a kubelet does.
-func (w *world) fetchSoon(t *testing.T) {
-	t.Helper()
-	for _, n := range w.c.Nodes() {
-		for ref, credentials := range w.refs() {
-			eventually(t, func() error {
-				err := pull(t.Context(), n, ref, credentials)
-				if err != nil {
-					t.Logf("%s, to be repeated: %v", n.Name(), err)
-				}
-				return err
-			})
-		}
-	}
-}
-
 // refs are an image by each name of the registry, with the credentials for it.
 func (w *world) refs() map[string]string {
 	return map[string]string{
@@ -98,7 +81,7 @@ func (w *world) testReplicaKilled(t *testing.T) {
 	w.parent.stop()
 	defer w.parent.start(t)
 	w.signal(t, w.replicaNode(t), "registry", "KILL")
-	w.fetchSoon(t)
+	w.fetch(t)
 	w.oneEach(t, w.host, "regcred")
 	w.settled(t, "deployment/connected-registry")
 }
@@ -109,7 +92,7 @@ func (w *world) testReplicaHung(t *testing.T) {
 	defer w.parent.start(t)
 	n := w.replicaNode(t)
 	w.signal(t, n, "registry", "STOP")
-	w.fetchSoon(t)
+	w.fetch(t)
 	w.oneEach(t, w.host, "regcred")
 	w.signal(t, n, "registry", "CONT")
 	w.settled(t, "deployment/connected-registry")
