@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"mime"
 	"net/http"
 	"strings"
@@ -53,9 +52,14 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 		return err
 	}
 	rules := s.cfg.Rules()
-	if err := rules.mayPush(r.Context(), s.cfg.Store, repo, d, tags, int64(len(content))); err != nil {
+	if err := rules.mayTag(repo, d, tags); err != nil {
 		return err
 	}
+	room, err := s.claim(r.Context(), repo, int64(len(content)))
+	if err != nil {
+		return err
+	}
+	defer room.release()
 	change := storage.Change{Action: storage.ActionPush, Repository: repo.Name(), Digest: d, MediaType: m.MediaType, Size: int64(len(content)), Actor: who.name()}
 	if len(tags) > 0 {
 		change.Tag = tags[0]
@@ -171,7 +175,7 @@ func (s *Server) readManifest(w http.ResponseWriter, r *http.Request) ([]byte, e
 	if r.ContentLength > maxManifest {
 		return nil, errManifestTooLarge
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: math.MaxInt64}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
 	content, err := io.ReadAll(http.MaxBytesReader(w, io.NopCloser(body), maxManifest))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {

@@ -80,6 +80,7 @@ type Server struct {
 	keys    *keyPair      // nil for plain HTTP
 
 	children children
+	claims   claims
 	uploads  chan struct{} // holds a value for each upload that is served
 	denials  *denials
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -35,13 +34,12 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 			return err
 		}
 	}
-	left, err := s.cfg.Rules().room(r.Context(), s.cfg.Store, repo)
-	if err == nil {
-		err = left.fits(max(r.ContentLength, 1))
-	}
+	// Before anything is sent, a client whose upload cannot succeed learns it.
+	room, err := s.claim(r.Context(), repo, max(r.ContentLength, 1))
 	if err != nil {
 		return err
 	}
+	room.release() // the bytes are claimed as they come
 	blobs, err := s.blobs(r.Context(), repo)
 	if err != nil {
 		return err
@@ -75,7 +73,8 @@ func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repo
 	if err != nil || !who.may(from, v1alpha1.ActionContentRead) {
 		return false, nil //nolint:nilerr // a mount that cannot be is an upload
 	}
-	err = s.cfg.Rules().mayMount(r.Context(), s.cfg.Store, repo, source, d)
+	room, err := s.claimMount(r.Context(), repo, source, d)
+	defer room.release()
 	if err == nil {
 		err = repo.MountLayer(r.Context(), source, d)
 	}
@@ -126,7 +125,9 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 	if err != nil {
 		return err
 	}
-	if err := s.receive(w, r, repo, upload); err != nil {
+	room, err := s.receive(w, r, repo, upload)
+	defer room.release()
+	if err != nil {
 		return err
 	}
 	if err := upload.Close(); err != nil {
@@ -162,7 +163,7 @@ func (s *Server) finished(w http.ResponseWriter, r *http.Request, repo storage.R
 	}
 	f.Close()
 	// Many clients take no answer before they have sent all.
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: math.MaxInt64}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
 	_, _ = io.Copy(io.Discard, body)
 	blobCreated(w, repo, d)
 	return true
@@ -190,8 +191,13 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 		return errors.Join(err, upload.Close())
 	}
 	again := watchResend(r, upload, d)
-	if err := s.receive(w, r, repo, upload); err != nil {
+	room, err := s.receive(w, r, repo, upload)
+	defer room.release()
+	if err != nil {
 		return err
+	}
+	if err := room.finish(r.Context()); err != nil {
+		return errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
 	}
 	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
 	var invalid distribution.ErrBlobInvalidDigest
@@ -211,35 +217,35 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	}
 }
 
-// receive appends the request's body to an upload. When it returns an error the
-// upload is closed. A client whose connection broke may go on from where it
-// broke; when it is the storage that failed, the upload is gone, and the space
-// that it took is free.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) error {
+// receive appends the request's body to an upload, and claims room for all of it,
+// which the caller releases. When it returns an error the upload is closed. A
+// client whose connection broke may go on from where it broke; when it is the
+// storage that failed, the upload is gone, and the space that it took is free.
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) (*claim, error) {
 	if err := checkRange(r, upload.Size()); err != nil {
 		if errors.Is(err, errRangeInvalid) {
 			setUploadHeaders(w, repo, upload) // tell the client where to go on
 		}
-		return errors.Join(err, upload.Close())
+		return nil, errors.Join(err, upload.Close())
 	}
-	left, err := s.cfg.Rules().room(r.Context(), s.cfg.Store, repo)
-	if err == nil {
-		err = left.fits(upload.Size() + max(r.ContentLength, 0))
-	}
+	room, err := s.claim(r.Context(), repo, upload.Size()+max(r.ContentLength, 0))
 	if err != nil {
-		return errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
+		return nil, errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall, left: left.bytes - upload.Size()}
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	if r.ContentLength < 0 {
+		body.room = room
+	}
 	_, err = upload.ReadFrom(body)
 	switch {
 	case err == nil:
-		return nil
-	case body.left < 0:
-		return errors.Join(left.err, upload.Close(), repo.DeleteUpload(upload.ID()))
+		return room, nil
+	case body.full != nil:
+		return room, errors.Join(body.full, upload.Close(), repo.DeleteUpload(upload.ID()))
 	case body.err != nil:
-		return errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
+		return room, errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
 	default:
-		return abandon(r.Context(), repo, upload, err)
+		return room, abandon(r.Context(), repo, upload, err)
 	}
 }
 
@@ -259,8 +265,9 @@ type bodyReader struct {
 	r     io.Reader
 	conn  *http.ResponseController
 	stall time.Duration
-	left  int64 // bytes that may come; below 0 once there were more
-	err   error
+	room  *claim // for what comes; nil: there is no bound, or it is claimed
+	err   error  // of the client
+	full  error  // that there is no more room
 }
 
 func (b *bodyReader) Read(p []byte) (int, error) {
@@ -270,14 +277,11 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	if err != nil && err != io.EOF {
 		b.err = err
 	}
-	if b.left -= int64(n); b.left < 0 {
-		return 0, errTooMuch
+	if b.full = b.room.more(int64(n)); b.full != nil {
+		return 0, b.full
 	}
 	return n, err
 }
-
-// errTooMuch ends an upload of unknown length that has outgrown its quota.
-var errTooMuch = errors.New("more than the quota allows")
 
 // checkRange compares the Content-Range header of a chunk, "first-last" without
 // a unit, with where the upload ends.
