@@ -158,6 +158,7 @@ func TestRefusals(t *testing.T) {
 		"volume of one":        {[]string{"pvc.accessModes={ReadWriteOnce}"}, `pvc.accessModes lacks ReadWriteMany`},
 		"no bucket":            {[]string{"storage.s3.region=eu-central-1"}, `storage.s3.bucket is missing: give the bucket that content is to be kept in`},
 		"no container":         {[]string{"storage.azure.account=images"}, `storage.azure.container is missing: give the container`},
+		"no account":           {[]string{"storage.azure.container=edge"}, `storage.azure.account is missing: give the storage account`},
 		"two object stores":    {[]string{"storage.s3.bucket=a", "storage.gcs.bucket=a"}, `storage.gcs and storage.s3 are given: content is kept in one object store, so leave the others out`},
 		"a claim and a bucket": {[]string{"storage.s3.bucket=a", "pvc.existingClaim=content"}, `storage.s3 keeps content in an object store, and pvc.existingClaim names a volume: leave one of them out`},
 		"for no object store":  {[]string{"storage.credentialsSecret=a"}, `storage.credentialsSecret is set without an object store: add storage.s3, storage.azure or storage.gcs`},
