@@ -124,12 +124,24 @@ func (s *Server) notAllowed(w http.ResponseWriter, rt route) error {
 func (s *Server) fail(w *recorder, r *http.Request, err error) {
 	answer, ours := asAPIError(err)
 	if ours && r.Context().Err() == nil {
-		s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+		s.logFault(r, err)
 	}
 	if w.status != 0 {
 		panic(http.ErrAbortHandler)
 	}
 	writeError(w, r, answer)
+}
+
+// logFault writes why a request failed by our fault.
+func (s *Server) logFault(r *http.Request, err error) {
+	unsaid, ok := s.faults.say()
+	if !ok {
+		return
+	}
+	if unsaid > 0 {
+		s.log.Error("requests failed that the log does not show", "requests", unsaid)
+	}
+	s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
 }
 
 // recovered turns a panic into an answer and a log line. http.ErrAbortHandler is

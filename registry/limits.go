@@ -13,10 +13,11 @@ const (
 	maxUploads = 64
 	// admitTime is how long an upload waits for its turn. Clients wait longer.
 	admitTime = 10 * time.Second
-	// Denied requests are logged at this rate, in lines per second, after a
-	// burst: anybody can make them, and the log must not fill the disk.
-	denialRate  = 2
-	denialBurst = 100
+	// Requests that were denied, and those that failed, are logged at this rate
+	// each, in lines per second, after a burst: anybody can make them, a storage
+	// that is full or gone fails all, and the log must not fill the disk.
+	logRate  = 2
+	logBurst = 100
 )
 
 // admit waits until one more upload may be served. done is called at its end.
@@ -32,20 +33,20 @@ func (s *Server) admit(ctx context.Context) (done func(), err error) {
 	return nil, errTooManyUploads
 }
 
-// denials bounds what the log says about denied requests.
-type denials struct {
+// bounded holds one kind of log line to logRate.
+type bounded struct {
 	lines  *rate.Limiter
 	unsaid atomic.Int64
 }
 
-func newDenials() *denials { return &denials{lines: rate.NewLimiter(denialRate, denialBurst)} }
+func newBounded() *bounded { return &bounded{lines: rate.NewLimiter(logRate, logBurst)} }
 
 // say reports whether one more may be logged, and how many were not since the
 // last that was.
-func (d *denials) say() (unsaid int64, ok bool) {
-	if !d.lines.Allow() {
-		d.unsaid.Add(1)
+func (b *bounded) say() (unsaid int64, ok bool) {
+	if !b.lines.Allow() {
+		b.unsaid.Add(1)
 		return 0, false
 	}
-	return d.unsaid.Swap(0), true
+	return b.unsaid.Swap(0), true
 }

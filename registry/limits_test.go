@@ -3,13 +3,17 @@ package registry
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
@@ -62,11 +66,47 @@ func TestDenialsAreBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 10 * denialBurst {
+		for range 10 * logBurst {
 			s.Handler().ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v2/app/manifests/v1", http.NoBody))
 		}
-		if n := strings.Count(log.String(), "\n"); n < denialBurst || n > 2*denialBurst {
-			t.Errorf("%d lines for %d denied requests", n, 10*denialBurst)
+		if n := strings.Count(log.String(), "\n"); n < logBurst || n > 2*logBurst {
+			t.Errorf("%d lines for %d denied requests", n, 10*logBurst)
+		}
+	})
+}
+
+// TestFaultsAreBounded has a storage that is gone fail more requests than the log
+// takes.
+func TestFaultsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		s, err := New(Config{Store: store, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		uploads := filepath.Join(store.Root(), "docker/registry/v2/repositories/app")
+		if err := os.WriteFile(uploads, nil, 0o600); err != nil { // a file where a directory belongs
+			t.Fatal(err)
+		}
+		for range 10 * logBurst {
+			w := httptest.NewRecorder()
+			s.Handler().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v2/app/blobs/uploads/", http.NoBody))
+			if w.Code != http.StatusInternalServerError {
+				t.Fatalf("%d %s", w.Code, w.Body)
+			}
+		}
+		if n := strings.Count(log.String(), "\n"); n < logBurst || n > 2*logBurst {
+			t.Errorf("%d lines for %d requests that failed", n, 10*logBurst)
+		}
+		time.Sleep(time.Minute)
+		s.Handler().ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v2/app/blobs/uploads/", http.NoBody))
+		if want := fmt.Sprintf("requests=%d", 9*logBurst); !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %s", want)
 		}
 	})
 }

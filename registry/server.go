@@ -82,7 +82,8 @@ type Server struct {
 	children children
 	claims   claims
 	uploads  chan struct{} // holds a value for each upload that is served
-	denials  *denials
+	denials  *bounded
+	faults   *bounded
 }
 
 // New validates the configuration, loads the key pair and registers the
@@ -105,7 +106,7 @@ func New(cfg Config) (*Server, error) {
 		s.cfg.Rules = func() *Rules { return &Rules{} }
 	}
 	s.uploads = make(chan struct{}, cmp.Or(cfg.MaxUploads, maxUploads))
-	s.denials = newDenials()
+	s.denials, s.faults = newBounded(), newBounded()
 	s.cfg.DrainTime = cmp.Or(s.cfg.DrainTime, drainTime)
 	var err error
 	if cfg.CertFile != "" {
