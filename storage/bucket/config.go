@@ -199,8 +199,10 @@ func Open(ctx context.Context, c Config) (Bucket, error) {
 	switch {
 	case c.S3 != nil:
 		return newS3(ctx, c, t)
+	case c.Azure != nil:
+		return newAzure(c, t)
 	default:
-		return nil, errors.New("azure and gcs cannot be used yet: use s3")
+		return nil, errors.New("gcs cannot be used yet: use s3")
 	}
 }
 

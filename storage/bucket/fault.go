@@ -156,7 +156,10 @@ func try(ctx context.Context, classify func(error) fault, act func() error) erro
 	start := time.Now()
 	pause := firstPause
 	for n := 1; ; n++ {
-		err := act()
+		err := ctx.Err()
+		if err == nil {
+			err = act()
+		}
 		if err == nil {
 			return nil
 		}
