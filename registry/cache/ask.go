@@ -28,6 +28,8 @@ type question struct {
 	ns     string                       // the registry that is meant
 	who    factKey                      // whose question it is
 	small  bool                         // the answer costs an upstream little
+
+	patient bool // nobody waits for the answer
 }
 
 // answer is a response with status 200 or 206, whose body ends the request.
@@ -289,6 +291,9 @@ func (up *upstream) request(ctx context.Context, q question) *http.Request {
 		}
 	}
 	set(peerHeader, up.peer)
+	if q.patient && up.peer != "" {
+		set(patientHeader, "1")
+	}
 	set("Accept", q.accept)
 	set("Range", q.ranges)
 	if q.from > 0 {

@@ -30,6 +30,7 @@ type fill struct {
 	state    fillState
 	err      error // of a failed fill
 	readers  int
+	patient  int // among the readers: those that nobody waits behind
 	unread   *time.Timer
 }
 
@@ -191,15 +192,25 @@ func (f *fill) whole() bool {
 	return f.state == verified || f.state == finished
 }
 
-// join and leave count the readers. A fill without any goes on for a while.
-func (f *fill) join() {
+// join and leave count the readers. A fill without any goes on for a while. A
+// patient one makes hurry before it leaves.
+func (f *fill) join(patient bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.readers++
+	if patient {
+		f.patient++
+	}
 	if f.unread != nil {
 		f.unread.Stop()
 		f.unread = nil
 	}
+}
+
+func (f *fill) hurry() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.patient--
 }
 
 func (f *fill) leave(patience time.Duration) {
@@ -213,12 +224,15 @@ func (f *fill) leave(patience time.Duration) {
 
 // joinFill returns the download of d that is under way, nil if there is none.
 // The caller leaves it when done.
-func (c *Cache) joinFill(d digest.Digest) *fill {
+func (c *Cache) joinFill(d digest.Digest) *fill { return c.joinFillAs(d, false) }
+
+// joinFillAs is joinFill for a reader that may be a patient one.
+func (c *Cache) joinFillAs(d digest.Digest, patient bool) *fill {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f := c.fills[d]
 	if f != nil {
-		f.join()
+		f.join(patient)
 	}
 	return f
 }
@@ -231,7 +245,7 @@ func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
 	defer c.mu.Unlock()
 	d := rq.digest
 	if f := c.fills[d]; f != nil {
-		f.join()
+		f.join(rq.patient())
 		return f, false, nil
 	}
 	if c.stopping {
@@ -242,7 +256,7 @@ func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f = newFill(d, rq.disk.store.partialPath(d), cancel)
-	f.join()
+	f.join(rq.patient())
 	c.fills[d] = f
 	c.work.Go(func() {
 		defer cancel(nil)
@@ -332,19 +346,23 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 	return src, p, nil
 }
 
-// transfer writes the rest of the content, within limit as long as it has one
-// reader, who wanted it so.
+// transfer writes the rest of the content, within limit as long as all readers
+// are patient.
 func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, limit *rate.Limiter) error {
 	buf := make([]byte, fillChunk)
 	for p.offset < p.size {
-		n, err := src.read(ctx, buf[:min(int64(len(buf)), p.size-p.offset)])
+		n, err := src.read(ctx, buf[:min(int64(stepWithin(limit)), p.size-p.offset)])
 		if n > 0 {
 			if _, err := p.Write(buf[:n]); err != nil {
 				return &storeError{err}
 			}
 			hurried := false
-			f.update(func() { f.written, hurried = p.offset, f.readers > 1 })
-			if limit != nil && !hurried {
+			f.update(func() { f.written, hurried = p.offset, f.readers > f.patient })
+			switch {
+			case limit == nil:
+			case hurried:
+				src.leavePatient()
+			default:
 				if err := limit.WaitN(ctx, n); err != nil {
 					return context.Cause(ctx)
 				}
@@ -358,6 +376,16 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, 
 		return errBadContent
 	}
 	return nil
+}
+
+// stepWithin is how many bytes to go on by, so that the limit holds nobody up for
+// long who comes meanwhile.
+func stepWithin(limit *rate.Limiter) int {
+	const perSecond, least = 8, 4 << 10
+	if limit == nil {
+		return fillChunk
+	}
+	return min(fillChunk, max(least, int(limit.Limit())/perSecond))
 }
 
 // finish lets the readers have the rest at once, and stores the file then.

@@ -64,6 +64,11 @@ type Peer struct {
 // refusal the node to ask instead.
 const peerHeader = "Connected-Registry-Peer"
 
+// patientHeader is in a request between peers while nobody waits for the answer:
+// what the node that is asked is fetching for the same reason need not come
+// quicker for it.
+const patientHeader = "Connected-Registry-Patient"
+
 // peerRetry is for how long a peer that did not answer is not asked again.
 const peerRetry = 30 * time.Second
 

@@ -2,8 +2,10 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -155,6 +157,69 @@ func TestWaveOfNodes(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestPatientPeers has two nodes prefetch a blob at a time: that the second takes
+// it from the first does not make the first exceed its bandwidth. A client on the
+// second node is not held to it.
+func TestPatientPeers(t *testing.T) {
+	o := newOrigin(t)
+	c := startCluster(t, 2, Config{Registries: upstreams(o.URL)})
+	prefetch := func(n *node, body []byte, bandwidth int64) <-chan error {
+		ended := make(chan error, 1)
+		go func() { ended <- n.Prefetch(t.Context(), []string{imageRef}, bandwidth) }()
+		n.await(func() bool { return n.stored(digest.FromBytes(body)) || n.downloads() > 0 })
+		return ended
+	}
+
+	const bandwidth = 1 << 20
+	body := random(2<<20, 178)
+	image(o, body)
+	began := time.Now()
+	first := prefetch(c.nodes[0], body, bandwidth)
+	second := prefetch(c.nodes[1], body, bandwidth)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if took, least := time.Since(began), time.Second*(2<<20-fillChunk)/bandwidth; took < least {
+		t.Errorf("it took %s, less than the bandwidth allows", took)
+	}
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
+	if got := o.count("GET " + blobURL("app", digest.FromBytes(body))); got != 1 {
+		t.Errorf("the registry was asked %d times", got)
+	}
+
+	// At this rate it would take minutes.
+	body = random(3<<20, 179)
+	image(o, body)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	first = prefetch(c.nodes[0], body, 16<<10)
+	second = prefetch(c.nodes[1], body, 16<<10)
+	n := c.nodes[1]
+	resp, err := n.client.Do(newGet(ctx, n.url+blobURL("app", digest.FromBytes(body))+"?ns="+testHost))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	if err != nil || !bytes.Equal(got, body) {
+		t.Errorf("%d of %d bytes: %v", len(got), len(body), err)
+	}
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
+	c.nodes[0].stop()
+	<-first
+}
+
+// downloads is how many downloads there are.
+func (n *node) downloads() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.fills)
 }
 
 // TestLostPeers stops the nodes that keep book of a blob.

@@ -34,8 +34,12 @@ func (c *Cache) peerBlob(w http.ResponseWriter, r *http.Request) error {
 		return c.peerStored(w, r, rq, b)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		if f := c.joinFill(rt.digest); f != nil {
+		patient := r.Header.Get(patientHeader) != ""
+		if f := c.joinFillAs(rt.digest, patient); f != nil {
 			defer f.leave(c.cfg.Timeouts.Unread)
+			if patient {
+				defer f.hurry()
+			}
 			if err = c.peerFill(w, r, rq, f); err == nil {
 				return nil
 			}

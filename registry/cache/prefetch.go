@@ -51,6 +51,9 @@ func (c *Cache) prefetchAll(ctx context.Context, images []string, bandwidth int6
 	return failed
 }
 
+// patient reports whether nobody waits for what is asked.
+func (rq *request) patient() bool { return rq.limit != nil }
+
 type prefetch struct {
 	cache *Cache
 	disk  *disk
@@ -232,6 +235,9 @@ func (p *prefetch) blob(ctx context.Context, rq *request, d digest.Digest) error
 			return err
 		}
 		err = f.awaitEnd(ctx)
+		if rq.patient() {
+			f.hurry()
+		}
 		f.leave(p.cache.cfg.Timeouts.Unread)
 		if err == nil || ctx.Err() != nil {
 			return err

@@ -34,6 +34,7 @@ type source struct {
 // that there is nothing at the offset.
 func (s *source) connect(ctx context.Context) error {
 	q := s.rq.question(http.MethodGet)
+	q.patient = s.rq.patient()
 	q.from = s.offset
 	if done, err := s.connectPeer(ctx, q); done || err != nil {
 		return err
@@ -102,6 +103,14 @@ func (s *source) take(ans *answer) error {
 	s.size, s.body = size, body
 	s.used = append(s.used, ans.upstream)
 	return nil
+}
+
+// leavePatient makes the next read go to the registry, if this one came from a
+// node that was told that nobody waits.
+func (s *source) leavePatient() {
+	if s.body != nil && s.body.upstream.peer != "" && s.rq.patient() {
+		s.close()
+	}
 }
 
 func (s *source) names() []string {
