@@ -264,7 +264,10 @@ func (b *benchmark) groups() []group {
 			{"blob GET, 256 MiB", func() ([]line, error) { return b.registryBlob(false, lessCPU) }},
 			{"blob GET, 256 MiB, TLS", func() ([]line, error) { return b.registryBlob(true, lessCPU) }},
 			{"32 clients pull 1 GiB each, TLS", b.pullMemory},
-			{"push of 1 GiB in 64 MiB chunks", b.pushMemory},
+			{fmt.Sprintf("push of %d GiB in 64 MiB chunks", b.push), b.pushMemory},
+		}},
+		{"replica, 200,000 blobs", "one", []benchCase{
+			{"replica: start", b.ready},
 		}},
 		{"node cache", "nginx", []benchCase{
 			{"cache: 4 fills of 1 GiB at once", b.fillMemory},
@@ -319,11 +322,11 @@ func (b *benchmark) pullMemory() ([]line, error) {
 }
 
 func (b *benchmark) pushMemory() ([]line, error) {
-	return b.standalone.memory(b.push, bound{mostOurs: 80})
+	return b.standalone.memory(b.pushLayer, bound{mostOurs: 80})
 }
 
-// push uploads a layer of 1 GiB in chunks.
-func (b *benchmark) push() error {
+// pushLayer uploads a layer of so many GiB in chunks.
+func (b *benchmark) pushLayer() error {
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: b.tls}}
 	defer client.CloseIdleConnections()
 	chunk := make([]byte, 64<<20)
@@ -334,7 +337,7 @@ func (b *benchmark) push() error {
 		return err
 	}
 	hash := sha256.New()
-	for sent := 0; sent < 1<<30; sent += len(chunk) {
+	for sent := 0; sent < b.push<<30; sent += len(chunk) {
 		hash.Write(chunk)
 		last := fmt.Sprintf("%d-%d", sent, sent+len(chunk)-1)
 		if location, err = upload(client, "PATCH", location, chunk, http.StatusAccepted, last); err != nil {

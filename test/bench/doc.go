@@ -9,7 +9,7 @@
 //	go run -C test/bench .
 //
 // It wants Linux, Go and nginx (the package nginx-light will do), root for the
-// containerd that unpacks with overlayfs, about 20 GiB of disk for temporary
+// containerd that unpacks with overlayfs, about 25 GiB of disk for temporary
 // files, and twenty minutes; with -run '^sync' it measures
 // synchronisation alone.
 //

@@ -28,6 +28,7 @@ func main() {
 	var o options
 	flag.DurationVar(&o.round, "round", 1500*time.Millisecond, "how long each side is asked at a stretch")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many turns each side has; the median of their ratios counts")
+	flag.IntVar(&o.push, "push", 5, "size of the layer that is pushed in chunks, in GiB")
 	flag.StringVar(&o.dir, "dir", "", "where the temporary files go (default the system's place for them)")
 	run := flag.String("run", "", "regular expression for the names of the cases to run")
 	profile := flag.String("profile", "", "directory for CPU profiles of the registry without TLS and of the cache, one for each start")
@@ -59,6 +60,7 @@ func exitOn(err error) {
 type options struct {
 	round  time.Duration
 	rounds int
+	push   int // GiB
 	dir    string
 }
 
