@@ -43,7 +43,11 @@ func (b *body) resume(err error) {
 		err = io.ErrUnexpectedEOF
 	}
 	b.from.Close()
-	if b.fails++; b.fails > 3 || b.ended() != nil {
+	b.fails++
+	if network(err).kind == silent {
+		b.fails++ // that took long
+	}
+	if b.fails > 3 || b.ended() != nil {
 		b.failed = b.explain(err)
 		return
 	}

@@ -20,7 +20,7 @@ var ErrCondition = errors.New("the object was changed by another")
 type Attributes struct {
 	Key      string
 	Size     int64     // bytes
-	Modified time.Time // when it was last put, by the object store's clock
+	Modified time.Time // when it was last put, by the object store's clock, in whole seconds
 	// Version is opaque and differs between any two puts of an object whose
 	// contents differ, whoever made them. Those of equal contents may be equal.
 	Version string

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"maps"
 	"strings"
+	"time"
 )
 
 // store is one kind of object store. Each method asks once, and returns what
@@ -95,6 +96,7 @@ func (c *client) stat(ctx context.Context, key string) (at Attributes, err error
 // ours is at as our callers know it.
 func (c *client) ours(at Attributes) Attributes {
 	at.Key = strings.TrimPrefix(at.Key, c.prefix)
+	at.Modified = at.Modified.UTC().Truncate(time.Second) // as HTTP tells it
 	delete(at.Metadata, writer)
 	return at
 }

@@ -202,7 +202,7 @@ func Open(ctx context.Context, c Config) (Bucket, error) {
 	case c.Azure != nil:
 		return newAzure(c, t)
 	default:
-		return nil, errors.New("gcs cannot be used yet: use s3")
+		return newGCS(c, t)
 	}
 }
 
