@@ -18,14 +18,20 @@ import (
 func (s *Server) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	rt := parseRoute(r.URL.Path)
+	if s.cfg.Auth != nil && (r.URL.Path == auth.TokenPath || r.URL.Path == auth.TokenPathShort) {
+		rt.end = endToken
+	}
 	rec := &recorder{ResponseWriter: w}
+	if isWrite(r.Method) {
+		r.Body = &countedBody{r.Body, s.metrics.received.WithLabelValues(rt.end.String())}
+	}
 	defer func() { s.account(rec, r, rt, time.Since(start)) }()
 	defer func() {
 		if p := recover(); p != nil {
 			s.recovered(rec, r, p)
 		}
 	}()
-	if s.cfg.Auth != nil && (r.URL.Path == auth.TokenPath || r.URL.Path == auth.TokenPathShort) {
+	if rt.end == endToken {
 		s.cfg.Auth.ServeToken(rec, r)
 		return
 	}
@@ -185,7 +191,7 @@ func (s *Server) account(w *recorder, r *http.Request, rt route, took time.Durat
 // changes reports whether a request that succeeded has changed what others see:
 // not that it brought part of a blob, or was given a token.
 func changes(end endpoint, method string) bool {
-	return isWrite(method) && method != http.MethodPatch && end != endUploads && end != endUnknown
+	return isWrite(method) && method != http.MethodPatch && end != endUploads && end != endToken
 }
 
 // recorder remembers the status and size of an answer. It passes ReadFrom on,

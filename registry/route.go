@@ -20,11 +20,12 @@ const (
 	endUpload              // /v2/<name>/blobs/uploads/<id>
 	endReferrers           // /v2/<name>/referrers/<digest>
 	endRepository          // /v2/<name>/: ours, to delete it
+	endToken               // where bearer tokens are had
 )
 
 // String names the endpoint in metrics and logs.
 func (e endpoint) String() string {
-	return [...]string{"unknown", "base", "catalog", "tags", "manifest", "blob", "uploads", "upload", "referrers", "repository"}[e]
+	return [...]string{"unknown", "base", "catalog", "tags", "manifest", "blob", "uploads", "upload", "referrers", "repository", "token"}[e]
 }
 
 // route is a parsed request path. What it holds has the shape of the endpoint

@@ -303,12 +303,19 @@ func TestMetrics(t *testing.T) {
 	c := serveHandler(t, newServer(t, Config{Metrics: reg}))
 	c.do("GET", "/v2/a/manifests/t", nil)
 	c.do("BREW", "/v2/", nil)
+	c.pushBlob("a", []byte("twelve bytes"))
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
 	found := map[string]bool{}
+	received := 0.0
 	for _, f := range families {
+		if f.GetName() == "connected_registry_received_bytes_total" {
+			for _, m := range f.Metric {
+				received += m.GetCounter().GetValue()
+			}
+		}
 		for _, m := range f.Metric {
 			labels := f.GetName()
 			for _, l := range m.Label {
@@ -322,12 +329,16 @@ func TestMetrics(t *testing.T) {
 		"connected_registry_requests_total base other 405",
 		"connected_registry_request_duration_seconds manifest",
 		"connected_registry_sent_bytes_total manifest",
+		"connected_registry_uploads_in_flight",
 		"connected_registry_storage_quarantined_total",
 		"connected_registry_storage_rehashed_total",
 	} {
 		if !found[want] {
 			t.Errorf("no metric %q in %v", want, found)
 		}
+	}
+	if received != 12 {
+		t.Errorf("%v bytes were received, not 12", received)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/connected-registry/connected-registry/agent"
@@ -53,6 +54,8 @@ type Config struct {
 	Progress func(syncer.Event)
 	// Logger takes the log. nil: none.
 	Logger *slog.Logger
+	// Metrics registers the metrics of all parts. nil: none are kept.
+	Metrics prometheus.Registerer
 }
 
 // Standalone is the process's parts, ready to run. Run runs them all; each can
@@ -241,6 +244,7 @@ func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 		Auth:     authority,
 		Missing:  s.want,
 		Logger:   c.Logger,
+		Metrics:  c.Metrics,
 	})
 	return err
 }
@@ -330,6 +334,7 @@ func (s *Standalone) openDuties(ctx context.Context, c Config, sync syncer.Confi
 		Store:   s.store,
 		Secrets: secrets(c.Secrets),
 		Logger:  c.Logger,
+		Metrics: c.Metrics,
 	})
 	return err
 }
@@ -337,7 +342,7 @@ func (s *Standalone) openDuties(ctx context.Context, c Config, sync syncer.Confi
 func (s *Standalone) openSyncer(c Config, config syncer.Config) (err error) {
 	config.Store, config.Driver = s.store.Namespace(), s.store.Driver()
 	config.Name, config.LoginServer, config.Version = c.Resource.Name, s.LoginServer, c.Version
-	config.Progress, config.Logger = c.Progress, c.Logger
+	config.Progress, config.Logger, config.Metrics = c.Progress, c.Logger, c.Metrics
 	if s.duties != nil {
 		config.Progress = func(e syncer.Event) {
 			s.duties.Progress(e)
@@ -378,6 +383,7 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 		Registries: registries,
 		Listener:   l,
 		Logger:     c.Logger,
+		Metrics:    c.Metrics,
 	}
 	if limits.MaxSize != nil {
 		config.MaxSize = limits.MaxSize.Value()
