@@ -23,6 +23,8 @@ type request struct {
 	auth      string      // Authorization, for upstreams
 	own       bool        // it was a token of the cache's own
 	stranger  bool        // it is a token that did not come by here, or has expired
+	token     factKey     // if it is a token
+	bearer    bearer      // whom that stands for
 	header    http.Header // of the client's request
 	pseudonym string      // in Via
 	faults    *faults
@@ -88,11 +90,10 @@ func (rq *request) challengeKey() factKey {
 	return rq.disk.key.fact("challenge", rq.registry.host, rq.repo)
 }
 
-// allowed reports whether the registry said lately that this client may have
-// this content.
-func (c *Cache) allowed(rq *request) bool {
-	l := rq.disk.ledger
-	return l.fresh(rq.reader, c.cfg.AllowedTTL) && l.fresh(rq.member, c.cfg.MemberTTL)
+// allowed reports whether the registry said lately that the reader of t may have
+// its content.
+func (c *Cache) allowed(l *ledger, t *target) bool {
+	return l.fresh(t.reader, c.cfg.AllowedTTL) && l.fresh(t.member, c.cfg.MemberTTL)
 }
 
 // allowedOffline is the same for the time in which no upstream can be reached.
@@ -122,7 +123,7 @@ func (rq *request) offline(err error) error {
 // permit decides whether the client may have content that is here, asking the
 // registry if need be. The error is what to answer instead.
 func (c *Cache) permit(ctx context.Context, rq *request) (outcome, error) {
-	if c.allowed(rq) {
+	if c.allowed(rq.disk.ledger, &rq.target) {
 		return hitStored, nil
 	}
 	err := c.check(ctx, rq)

@@ -51,6 +51,7 @@ type disk struct {
 	lock    *os.File
 	key     *nodeKey
 	targets targets
+	repeats repeats
 	store   *store
 	ledger  *ledger
 	notes   notes
@@ -158,7 +159,7 @@ func (c *Cache) Run(ctx context.Context) error {
 		return nil
 	})
 	if c.cfg.Listener != nil {
-		c.serveListener(running, g, c.cfg.Listener, c)
+		c.serveListener(running, g, repeatListener{c.cfg.Listener, c}, c)
 	}
 	if c.peers != nil {
 		defer c.peers.closeIdle()
@@ -203,10 +204,11 @@ func (c *Cache) serveListener(running context.Context, g *errgroup.Group, l net.
 	srv := &http.Server{
 		Handler:           h,
 		BaseContext:       func(net.Listener) context.Context { return base },
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug),
 	}
+	serveRepeats(srv)
 	g.Go(func() error {
 		err := srv.Serve(l)
 		if errors.Is(err, http.ErrServerClosed) {

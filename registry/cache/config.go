@@ -55,7 +55,8 @@ type Config struct {
 	OfflineTTL time.Duration
 
 	// Listener is served by Run, which closes it. It should be a TCP listener
-	// on loopback: anything wrapped around its connections costs sendfile.
+	// on loopback: anything wrapped around its connections costs sendfile, and
+	// the short way for requests that are repeated.
 	// nil: Run does the background work only, and the Cache is served as an
 	// http.Handler by whoever made it.
 	Listener net.Listener

@@ -71,6 +71,11 @@ const (
 	// rewriteRetry spaces the attempts to write permissions to a failing disk.
 	rewriteRetry = time.Minute
 
+	// headerTimeout and idleTimeout are what a client gets to send the head of a
+	// request in, and to begin the next one.
+	headerTimeout = 10 * time.Second
+	idleTimeout   = 2 * time.Minute
+
 	// shutdownGrace is what open transfers get to finish in.
 	shutdownGrace = 2 * time.Second
 )

@@ -227,6 +227,9 @@ func (c *Cache) serveManifest(w http.ResponseWriter, r *http.Request, rq *reques
 		if err != nil {
 			return err
 		}
+		if how.result == hitStored.result {
+			rq.remember(r, m)
+		}
 		c.writeManifest(w, r, m, how)
 		return nil
 	}

@@ -98,9 +98,11 @@ func (rq *request) setAuth(auth string) {
 	if !ok {
 		return
 	}
-	of, known := rq.disk.bearers.get(key.fact("token", rq.host, token))
+	rq.token = key.fact("token", rq.host, token)
+	of, known := rq.disk.bearers.get(rq.token)
 	rq.stranger = !known
 	if known {
+		rq.bearer = of
 		rq.reader = key.fact("reader of credential", rq.host, rq.repo, string(of.credential[:]))
 		if rq.own = of.own; rq.own {
 			rq.auth = ""

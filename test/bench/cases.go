@@ -274,6 +274,7 @@ func (b *benchmark) groups() []group {
 			{"cache: blob GET, 256 MiB", func() ([]line, error) { return b.cacheBlob(likeNginx) }},
 			{"cache: manifest GET by digest", func() ([]line, error) { return b.cacheManifest("GET", b.content.manifestByDigest(), halfNginx) }},
 			{"cache: manifest HEAD by digest", func() ([]line, error) { return b.cacheManifest("HEAD", b.content.manifestByDigest(), halfNginx) }},
+			{"cache: manifest GET, traced", func() ([]line, error) { return b.cacheTraced("GET", b.content.manifestByDigest()) }},
 			{"cache: manifest HEAD by tag", func() ([]line, error) { return b.cacheManifest("HEAD", b.content.manifestPath(), requestBounds{}) }},
 			{"cache: 100,000 blobs", b.manyBlobs},
 		}},
@@ -415,6 +416,18 @@ func (b *benchmark) cacheManifest(method, path string, bounds requestBounds) ([]
 	}
 	theirs := target{method: method, path: "/manifest"}.from(b.nginx)
 	return b.compareRequests(b.cached(method, path), theirs, bounds)
+}
+
+// cacheTraced is cacheManifest with requests none of which is repeated, for
+// which the cache has a shorter way.
+func (b *benchmark) cacheTraced(method, path string) ([]line, error) {
+	if err := b.fetch(path); err != nil {
+		return nil, err
+	}
+	ours := b.cached(method, path)
+	theirs := target{method: method, path: "/manifest"}.from(b.nginx)
+	ours.traced, theirs.traced = true, true
+	return b.compareRequests(ours, theirs, requestBounds{})
 }
 
 func (b *benchmark) fillMemory() ([]line, error) {

@@ -62,19 +62,28 @@ type requestBounds struct{ perSecond, p99 bound }
 
 // compareRequests asks both sides for something small.
 func (b *benchmark) compareRequests(ours, theirs side, bounds requestBounds) ([]line, error) {
-	var rate, p50, p99 samples
+	var rate, p50, p99, cpu samples
 	err := turns(b.rounds, func(mine bool) error {
 		s := theirs
 		if mine {
 			s = ours
 		}
+		before, err := s.cpu()
+		if err != nil {
+			return err
+		}
 		got, err := askFor(s.target, connections, b.round)
+		if err != nil {
+			return err
+		}
+		after, err := s.cpu()
 		if err != nil {
 			return err
 		}
 		rate.add(mine, got.perSecond)
 		p50.add(mine, milliseconds(got.p50))
 		p99.add(mine, milliseconds(got.p99))
+		cpu.add(mine, 1000*milliseconds(after-before)/float64(got.count))
 		return nil
 	})
 	if err != nil {
@@ -84,6 +93,7 @@ func (b *benchmark) compareRequests(ours, theirs side, bounds requestBounds) ([]
 		rate.line("req/s", bounds.perSecond),
 		p50.line("p50 ms", bound{}),
 		p99.line("p99 ms", bounds.p99),
+		cpu.line("CPU µs", bound{}),
 	}, nil
 }
 

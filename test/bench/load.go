@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strconv"
@@ -22,6 +23,7 @@ type target struct {
 	method string
 	path   string
 	accept string
+	traced bool // every request bears a trace of its own, so that no two are the same
 }
 
 func (t target) dial() (net.Conn, error) {
@@ -41,6 +43,7 @@ func (t target) request() []byte {
 
 // requests is what a round of small requests has found.
 type requests struct {
+	count     int
 	perSecond float64
 	p50, p99  time.Duration
 }
@@ -67,6 +70,7 @@ func askFor(t target, connections int, during time.Duration) (requests, error) {
 	elapsed := time.Since(start)
 	slices.Sort(took)
 	return requests{
+		count:     len(took),
 		perSecond: float64(len(took)) / elapsed.Seconds(),
 		p50:       took[len(took)/2],
 		p99:       took[len(took)*99/100],
@@ -80,8 +84,12 @@ func askUntil(t target, until time.Time) (took []time.Duration, err error) {
 	}
 	defer conn.Close()
 	request := t.request()
+	head := len(request) - len("\r\n")
 	r := bufio.NewReaderSize(conn, 64<<10)
 	for start := time.Now(); start.Before(until); start = time.Now() {
+		if t.traced {
+			request = fmt.Appendf(request[:head], "Traceparent: 00-%016x%016x-%016x-00\r\n\r\n", rand.Uint64(), rand.Uint64(), rand.Uint64())
+		}
 		if _, err := conn.Write(request); err != nil {
 			return took, err
 		}
