@@ -61,6 +61,7 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("plain manifests", w.testManifests)
 	t.Run("install", w.testInstalls)
 	t.Run("built-in CA", w.testLife)
+	t.Run("caches", w.testCaches)
 }
 
 // prepare makes what an operator has before the first installation: pull
