@@ -249,7 +249,9 @@ func (c *repeatConn) renew(now time.Time) {
 
 // isHead reports whether b is the head of one request and nothing else: whether
 // its first blank line is its end (RFC 9112, section 2.1; package http takes
-// lines without a carriage return as well).
+// lines without a carriage return as well). What begins with one is none: it is
+// taken for a head after a POST alone.
 func isHead(b []byte) bool {
-	return bytes.HasSuffix(b, []byte("\r\n\r\n")) && bytes.Index(b, []byte("\n\r\n")) == len(b)-3 && !bytes.Contains(b, []byte("\n\n"))
+	return bytes.HasSuffix(b, []byte("\r\n\r\n")) && bytes.Index(b, []byte("\n\r\n")) == len(b)-3 &&
+		!bytes.Contains(b, []byte("\n\n")) && b[0] != '\r' && b[0] != '\n'
 }

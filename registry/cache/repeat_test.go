@@ -524,7 +524,7 @@ func FuzzRepeats(f *testing.F) {
 	for _, chunks := range [][]string{
 		{get, get, hd, hd, get}, {get + get, get}, {get, get[:9], get[9:], get}, {get, hd + get, get},
 		{"GET http://b" + get[4:], get}, {strings.Replace(get, "?", "%3f", 1), get}, {strings.Replace(get, "1.1", "1.0", 1), get},
-		{strings.Replace(get, "GET", "POST", 1), "\r\n" + get, get}, {strings.ReplaceAll(get, "\r", ""), get, get}, {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"},
+		{strings.Replace(get, "GET", "POST", 1), "\r\n" + get, get}, {strings.Replace(get, "GET", "PUT", 1), "\r\n" + get, get}, {strings.ReplaceAll(get, "\r", ""), get, get}, {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"},
 		{strings.Replace(get, d.String(), "v1", 1), get, get}, {"GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\n", get, get}, {"\r\n\r\n"},
 	} {
 		f.Add(strings.Join(chunks, "|"))
