@@ -94,7 +94,7 @@ func Export(ctx context.Context, c ExportConfig) (ExportResult, error) {
 }
 
 func exportBlob(ctx context.Context, store *storage.Store, out *partial, d digest.Digest, report func(int64)) error {
-	f, info, err := store.OpenBlob(ctx, d)
+	f, err := store.OpenBlob(ctx, d)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is missing: synchronise before exporting", d)
 	}
@@ -102,7 +102,7 @@ func exportBlob(ctx context.Context, store *storage.Store, out *partial, d diges
 		return fmt.Errorf("reading %s: %w", d, err)
 	}
 	defer f.Close()
-	return out.add(ctx, d, f, info.Size(), report)
+	return out.add(ctx, d, f, f.Size, report)
 }
 
 // walk finds what hangs on the wanted tags.
@@ -116,7 +116,7 @@ type walk struct {
 }
 
 func (w *walk) all(ctx context.Context, wanted func(repository, tag string) bool) error {
-	for name, err := range w.store.Repositories("") {
+	for name, err := range w.store.Repositories(ctx, "") {
 		if err != nil {
 			return fmt.Errorf("listing repositories: %w", err)
 		}
@@ -124,7 +124,7 @@ func (w *walk) all(ctx context.Context, wanted func(repository, tag string) bool
 		if err != nil {
 			return err
 		}
-		tags, _, err := repo.Tags("", -1)
+		tags, _, err := repo.Tags(ctx, "", -1)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("listing tags of %s: %w", name, err)
 		}
@@ -141,7 +141,7 @@ func (w *walk) all(ctx context.Context, wanted func(repository, tag string) bool
 }
 
 func (w *walk) tag(ctx context.Context, repo storage.Repository, tag string) error {
-	d, err := repo.Tag(tag)
+	d, err := repo.Tag(ctx, tag)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // gone since it was listed
 	}
@@ -184,7 +184,7 @@ func (w *walk) manifest(ctx context.Context, repo storage.Repository, d digest.D
 		}
 	}
 	for _, blob := range m.blobs() {
-		if len(blob.URLs) > 0 && !repo.HasLayer(blob.Digest) {
+		if len(blob.URLs) > 0 && !repo.HasLayer(ctx, blob.Digest) {
 			continue // fetched from elsewhere, by whoever pulls
 		}
 		w.blob(blob.Digest, blob.Size)
@@ -194,7 +194,7 @@ func (w *walk) manifest(ctx context.Context, repo storage.Repository, d digest.D
 }
 
 func (w *walk) referrers(ctx context.Context, repo storage.Repository, subject digest.Digest) error {
-	for referrer, err := range repo.Referrers(subject, "") {
+	for referrer, err := range repo.Referrers(ctx, subject, "") {
 		if err != nil {
 			return fmt.Errorf("listing what refers to %s: %w", subject, err)
 		}
@@ -225,13 +225,13 @@ func (w *walk) blob(d digest.Digest, size int64) {
 }
 
 func readManifest(ctx context.Context, repo storage.Repository, d digest.Digest) ([]byte, error) {
-	f, info, err := repo.OpenManifest(ctx, d)
+	f, err := repo.OpenManifest(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", d, err)
 	}
 	defer f.Close()
-	if info.Size() > maxManifest {
-		return nil, fmt.Errorf("manifest %s has %d bytes, more than %d", d, info.Size(), maxManifest)
+	if f.Size > maxManifest {
+		return nil, fmt.Errorf("manifest %s has %d bytes, more than %d", d, f.Size, maxManifest)
 	}
 	body, err := io.ReadAll(f)
 	if err != nil {

@@ -48,7 +48,7 @@ func (s *Server) hear(r *http.Request, who caller) {
 	if said.LastSyncTime != nil {
 		c.LastSync = said.LastSyncTime.UTC()
 	}
-	if err := s.cfg.Store.RecordChild(c); err != nil {
+	if err := s.cfg.Store.RecordChild(r.Context(), c); err != nil {
 		s.log.Error("a child cannot be recorded", "error", err)
 	}
 }

@@ -30,7 +30,7 @@ func TestHear(t *testing.T) {
 		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v2/", nil)
 		r.Header.Set(v1alpha1.HeaderChild, header)
 		s.hear(r, who)
-		children, err := store.Children()
+		children, err := store.Children(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -28,7 +28,7 @@ func (s *Server) listTags(w http.ResponseWriter, r *http.Request, repo storage.R
 	if err != nil {
 		return err
 	}
-	tags, more, err := repo.Tags(r.URL.Query().Get("last"), n)
+	tags, more, err := repo.Tags(r.Context(), r.URL.Query().Get("last"), n)
 	if err != nil {
 		return ifAbsent(err, errNameUnknown.with(map[string]string{"name": repo.Name()}))
 	}
@@ -49,7 +49,7 @@ func (s *Server) listRepositories(w http.ResponseWriter, r *http.Request, who ca
 		return err
 	}
 	names, more := []string{}, false
-	for name, err := range s.cfg.Store.Repositories(r.URL.Query().Get("last")) {
+	for name, err := range s.cfg.Store.Repositories(r.Context(), r.URL.Query().Get("last")) {
 		if err != nil {
 			return fmt.Errorf("listing repositories: %w", err)
 		}
@@ -92,7 +92,7 @@ func (s *Server) listReferrers(w http.ResponseWriter, r *http.Request, repo stor
 	filter := query.Get("artifactType")
 	index := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: typeOCIIndex, Manifests: []v1.Descriptor{}}
 	size := 0
-	for desc, err := range repo.Referrers(subject, digest.Digest(query.Get("last"))) {
+	for desc, err := range repo.Referrers(r.Context(), subject, digest.Digest(query.Get("last"))) {
 		if err != nil {
 			return fmt.Errorf("listing referrers of %s: %w", subject, err)
 		}

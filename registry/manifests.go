@@ -52,7 +52,7 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 		return err
 	}
 	rules := s.cfg.Rules()
-	if err := rules.mayTag(repo, d, tags); err != nil {
+	if err := rules.mayTag(r.Context(), repo, d, tags); err != nil {
 		return err
 	}
 	room, err := s.claim(r.Context(), repo, int64(len(content)))
@@ -63,11 +63,11 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 	change := storage.Change{Action: storage.ActionPush, Repository: repo.Name(), Digest: d, MediaType: m.MediaType, Size: int64(len(content)), Actor: who.name()}
 	if len(tags) > 0 {
 		change.Tag = tags[0]
-		if before, err := repo.Tag(change.Tag); err == nil {
+		if before, err := repo.Tag(r.Context(), change.Tag); err == nil {
 			change.Previous = before
 		}
 	}
-	err = s.record(rules, change, func() error {
+	err = s.record(r.Context(), rules, change, func() error {
 		return storeManifest(r.Context(), rules, repo, m, d, content, tags)
 	})
 	if err != nil {
@@ -89,7 +89,9 @@ func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storag
 // once more after: a deletion that went on meanwhile may have taken it.
 func storeManifest(ctx context.Context, rules *Rules, repo storage.Repository, m *manifest, d digest.Digest, content []byte, tags []string) error {
 	for _, other := range append(m.Manifests[:len(m.Manifests):len(m.Manifests)], m.subjects()...) {
-		repo.UseManifest(other.Digest)
+		if err := repo.UseManifest(ctx, other.Digest); err != nil {
+			return err
+		}
 	}
 	immutable := len(tags) > 0 && rules.locked(repo.Name(), tags[0])
 	if immutable {
@@ -110,11 +112,11 @@ func storeManifest(ctx context.Context, rules *Rules, repo storage.Repository, m
 }
 
 // record makes a change, with an entry in the journal where the rules want one.
-func (s *Server) record(rules *Rules, c storage.Change, apply func() error) error {
+func (s *Server) record(ctx context.Context, rules *Rules, c storage.Change, apply func() error) error {
 	if !rules.journal {
 		return apply()
 	}
-	return s.cfg.Store.Journal().Record(c, apply)
+	return s.cfg.Store.Journal().Record(ctx, c, apply)
 }
 
 // deleteManifest deletes a tag, or a manifest with the tags that name it.
@@ -132,20 +134,20 @@ func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo sto
 	case !storage.ValidTag(ref):
 		return errTagInvalid.because("%q is neither a tag nor a digest", ref)
 	default:
-		if change.Digest, err = repo.Tag(ref); err != nil {
+		if change.Digest, err = repo.Tag(r.Context(), ref); err != nil {
 			return ifAbsent(err, unknown)
 		}
 		change.Tag, change.Previous = ref, change.Digest
 		apply = func() error { return ifAbsent(repo.DeleteTag(r.Context(), ref), unknown) }
 	}
-	err = rules.mayGo(repo, func(tag string) bool {
-		now, err := repo.Tag(tag)
+	err = rules.mayGo(r.Context(), repo, func(tag string) bool {
+		now, err := repo.Tag(r.Context(), tag)
 		return tag == ref || change.Tag == "" && err == nil && now == change.Digest
 	})
 	if err != nil {
 		return err
 	}
-	if err := s.record(rules, change, apply); err != nil {
+	if err := s.record(r.Context(), rules, change, apply); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Length", "0")
@@ -157,12 +159,12 @@ func (s *Server) deleteManifest(w http.ResponseWriter, r *http.Request, repo sto
 // has no request for this; the path is what it would add up to.
 func (s *Server) deleteRepository(w http.ResponseWriter, r *http.Request, repo storage.Repository, who caller) error {
 	rules := s.cfg.Rules()
-	if err := rules.mayGo(repo, func(string) bool { return true }); err != nil {
+	if err := rules.mayGo(r.Context(), repo, func(string) bool { return true }); err != nil {
 		return err
 	}
 	change := storage.Change{Action: storage.ActionDelete, Repository: repo.Name(), Actor: who.name()}
 	unknown := errNameUnknown.with(map[string]string{"name": repo.Name()})
-	err := s.record(rules, change, func() error { return ifAbsent(repo.DeleteRepository(r.Context()), unknown) })
+	err := s.record(r.Context(), rules, change, func() error { return ifAbsent(repo.DeleteRepository(r.Context()), unknown) })
 	if err != nil {
 		return err
 	}
@@ -302,9 +304,8 @@ func (m *manifest) checkBlobs(ctx context.Context, repo storage.Repository) erro
 		return nil
 	}
 	for _, d := range append(m.Layers[:len(m.Layers):len(m.Layers)], *m.Config) {
-		f, _, err := repo.OpenLayer(ctx, d.Digest)
+		_, err := repo.UseLayer(ctx, d.Digest)
 		if err == nil {
-			f.Close()
 			continue
 		}
 		if !errors.Is(err, fs.ErrNotExist) {

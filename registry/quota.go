@@ -175,24 +175,23 @@ func (s *Server) claim(ctx context.Context, repo storage.Repository, bytes int64
 // does not grow by it.
 func (s *Server) claimMount(ctx context.Context, repo, from storage.Repository, d digest.Digest) (*claim, error) {
 	rules := &Rules{perRepository: s.cfg.Rules().perRepository}
-	if rules.perRepository == 0 || repo.HasLayer(d) {
+	if rules.perRepository == 0 || repo.HasLayer(ctx, d) {
 		return nil, nil
 	}
-	f, fi, err := from.OpenLayer(ctx, d)
+	size, err := from.UseLayer(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("looking for %s in %s: %w", d, from.Name(), err)
 	}
-	f.Close()
-	return s.claims.claim(ctx, rules, s.cfg.Store, repo.Name(), fi.Size())
+	return s.claims.claim(ctx, rules, s.cfg.Store, repo.Name(), size)
 }
 
 // mayTag refuses to have a tag that is to stay as it is name something else.
-func (r *Rules) mayTag(repo storage.Repository, d digest.Digest, tags []string) error {
+func (r *Rules) mayTag(ctx context.Context, repo storage.Repository, d digest.Digest, tags []string) error {
 	for _, tag := range tags {
 		if !r.locked(repo.Name(), tag) {
 			continue
 		}
-		now, err := repo.Tag(tag)
+		now, err := repo.Tag(ctx, tag)
 		if err == nil && now != d {
 			return lockedError(repo, tag)
 		}

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -33,7 +34,7 @@ func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storag
 // read, but there is only one content of a digest, and a client that did not
 // list its type is better served with it than with a 404.
 func (s *Server) sendManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
-	d, err := resolve(repo, ref)
+	d, err := resolve(r.Context(), repo, ref)
 	if err != nil {
 		return err
 	}
@@ -69,7 +70,7 @@ func (s *Server) getBlob(w http.ResponseWriter, r *http.Request, repo storage.Re
 	if err != nil {
 		return err
 	}
-	f, _, err := repo.OpenLayer(r.Context(), d)
+	f, err := repo.OpenLayer(r.Context(), d)
 	if err != nil {
 		return ifAbsent(err, errBlobUnknown.with(map[string]string{"digest": ref}))
 	}
@@ -78,19 +79,19 @@ func (s *Server) getBlob(w http.ResponseWriter, r *http.Request, repo storage.Re
 	h.Set("Docker-Content-Digest", d.String())
 	h.Set("Etag", `"`+d.String()+`"`)
 	h.Set("Content-Type", "application/octet-stream")
-	http.ServeContent(w, r, "", time.Time{}, f)
+	http.ServeContent(w, r, "", time.Time{}, f.ReadSeekCloser)
 	return nil
 }
 
 // resolve turns a reference into the digest of a manifest.
-func resolve(repo storage.Repository, ref string) (digest.Digest, error) {
+func resolve(ctx context.Context, repo storage.Repository, ref string) (digest.Digest, error) {
 	if strings.Contains(ref, ":") {
 		return parseDigest(ref)
 	}
 	if !storage.ValidTag(ref) {
 		return "", errManifestUnknown.because("%q is neither a tag nor a digest", ref)
 	}
-	d, err := repo.Tag(ref)
+	d, err := repo.Tag(ctx, ref)
 	if err != nil {
 		return "", ifAbsent(err, errManifestUnknown.with(map[string]string{"name": repo.Name(), "reference": ref}))
 	}

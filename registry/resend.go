@@ -68,5 +68,5 @@ func (b *resend) commit(ctx context.Context, s *Server, repo storage.Repository,
 	if _, err := whole.Commit(ctx, v1.Descriptor{Digest: d}); err != nil {
 		return abandon(ctx, repo, whole, err)
 	}
-	return repo.DeleteUpload(upload.ID())
+	return repo.DeleteUpload(ctx, upload.ID())
 }

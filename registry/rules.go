@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -166,11 +167,11 @@ func lockedError(repo storage.Repository, tag string) error {
 
 // mayGo returns why the tags of a repository that would go with a deletion may
 // not: those of which only says so.
-func (r *Rules) mayGo(repo storage.Repository, only func(tag string) bool) error {
+func (r *Rules) mayGo(ctx context.Context, repo storage.Repository, only func(tag string) bool) error {
 	if len(r.locks) == 0 {
 		return nil
 	}
-	tags, _, err := repo.Tags("", -1)
+	tags, _, err := repo.Tags(ctx, "", -1)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

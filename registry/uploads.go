@@ -67,7 +67,7 @@ func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repo
 		return false, err
 	}
 	if from == "" {
-		from = s.findBlob(d, who)
+		from = s.findBlob(r.Context(), d, who)
 	}
 	source, err := s.cfg.Store.Repository(from)
 	if err != nil || !who.may(from, v1alpha1.ActionContentRead) {
@@ -93,14 +93,14 @@ func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repo
 const maxSearch = 1000
 
 // findBlob names a repository with the blob that the caller may read, or none.
-func (s *Server) findBlob(d digest.Digest, who caller) string {
+func (s *Server) findBlob(ctx context.Context, d digest.Digest, who caller) string {
 	n := 0
-	for name, err := range s.cfg.Store.Repositories("") {
+	for name, err := range s.cfg.Store.Repositories(ctx, "") {
 		if n++; err != nil || n > maxSearch {
 			break
 		}
 		repo, err := s.cfg.Store.Repository(name)
-		if err == nil && who.may(name, v1alpha1.ActionContentRead) && repo.HasLayer(d) {
+		if err == nil && who.may(name, v1alpha1.ActionContentRead) && repo.HasLayer(ctx, d) {
 			return name
 		}
 	}
@@ -157,11 +157,9 @@ func (s *Server) finished(w http.ResponseWriter, r *http.Request, repo storage.R
 	if err != nil {
 		return false
 	}
-	f, _, err := repo.OpenLayer(r.Context(), d)
-	if err != nil {
+	if _, err := repo.UseLayer(r.Context(), d); err != nil {
 		return false
 	}
-	f.Close()
 	// Many clients take no answer before they have sent all.
 	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
 	_, _ = io.Copy(io.Discard, body)
@@ -176,7 +174,7 @@ func (s *Server) cancelUpload(w http.ResponseWriter, r *http.Request, repo stora
 		return err
 	}
 	upload.Close()
-	if err := repo.DeleteUpload(id); err != nil {
+	if err := repo.DeleteUpload(r.Context(), id); err != nil {
 		return fmt.Errorf("cancelling upload %s: %w", id, err)
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -197,7 +195,7 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 		return err
 	}
 	if err := room.finish(r.Context()); err != nil {
-		return errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
+		return errors.Join(err, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
 	}
 	_, err = upload.Commit(r.Context(), v1.Descriptor{Digest: d})
 	var invalid distribution.ErrBlobInvalidDigest
@@ -209,9 +207,9 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 		blobCreated(w, repo, d)
 		return nil
 	case errors.As(err, &invalid):
-		return errors.Join(errDigestInvalid.with(map[string]string{"digest": d.String()}), repo.DeleteUpload(upload.ID()))
+		return errors.Join(errDigestInvalid.with(map[string]string{"digest": d.String()}), repo.DeleteUpload(r.Context(), upload.ID()))
 	case errors.Is(err, distribution.ErrBlobInvalidLength):
-		return errors.Join(errSizeInvalid, repo.DeleteUpload(upload.ID()))
+		return errors.Join(errSizeInvalid, repo.DeleteUpload(r.Context(), upload.ID()))
 	default:
 		return abandon(r.Context(), repo, upload, fmt.Errorf("committing as %s: %w", d, err))
 	}
@@ -230,7 +228,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 	}
 	room, err := s.claim(r.Context(), repo, upload.Size()+max(r.ContentLength, 0))
 	if err != nil {
-		return nil, errors.Join(err, upload.Close(), repo.DeleteUpload(upload.ID()))
+		return nil, errors.Join(err, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
 	}
 	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
 	if r.ContentLength < 0 {
@@ -241,7 +239,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 	case err == nil:
 		return room, nil
 	case body.full != nil:
-		return room, errors.Join(body.full, upload.Close(), repo.DeleteUpload(upload.ID()))
+		return room, errors.Join(body.full, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
 	case body.err != nil:
 		return room, errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
 	default:
@@ -254,7 +252,7 @@ func abandon(ctx context.Context, repo storage.Repository, upload distribution.B
 	// Of a storage that fails, neither is to be expected to succeed. Cancel
 	// closes the file, and after a failed commit does nothing else.
 	_ = upload.Cancel(ctx)
-	_ = repo.DeleteUpload(upload.ID())
+	_ = repo.DeleteUpload(ctx, upload.ID())
 	return fmt.Errorf("upload %s: %w", upload.ID(), err)
 }
 

@@ -137,7 +137,7 @@ func tagsIn(t *testing.T, data string) []string {
 	}
 	defer store.Close()
 	var all []string
-	for name, err := range store.Repositories("") {
+	for name, err := range store.Repositories(t.Context(), "") {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,12 +145,12 @@ func tagsIn(t *testing.T, data string) []string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		tags, _, err := repo.Tags("", -1)
+		tags, _, err := repo.Tags(t.Context(), "", -1)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
 		}
 		for _, tag := range tags {
-			d, err := repo.Tag(tag)
+			d, err := repo.Tag(t.Context(), tag)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -117,7 +117,7 @@ func TestLevels(t *testing.T) {
 			t.Errorf("level %d, -want +got:\n%s", i, diff)
 		}
 		var status v1alpha1.Status
-		l.duties.Status(&status)
+		l.duties.Status(t.Context(), &status)
 		var children []string
 		for _, c := range status.Children {
 			children = append(children, fmt.Sprintf("%s %s %s %s %s", c.Name, c.ClientToken, c.Mode, c.LoginServer, c.Version))
@@ -198,7 +198,7 @@ func TestPushedUp(t *testing.T) {
 	}
 	remote.DefaultTransport.(*http.Transport).CloseIdleConnections()
 	var status v1alpha1.Status
-	lower.duties.Status(&status)
+	lower.duties.Status(t.Context(), &status)
 	if status.Changes == nil || status.Changes.Conflicts != 0 || status.Changes.Dropped != 0 || status.Notifications == nil || status.Notifications.DeadLetters != 0 {
 		t.Errorf("changes %+v, notifications %+v", status.Changes, status.Notifications)
 	}

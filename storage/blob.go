@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -42,7 +40,7 @@ func parseBlobPath(path string) (d digest.Digest, ok bool) {
 }
 
 // OpenBlob opens the content of d for reading once it is known to be right. The
-// FileInfo describes the open file; the caller closes it.
+// caller closes it.
 //
 // An unsealed blob is hashed first. That goes on behind the request, once for
 // all who ask, and survives the one who asked: a client that gives up on a
@@ -50,70 +48,54 @@ func parseBlobPath(path string) (d digest.Digest, ok bool) {
 //
 // Errors: fs.ErrNotExist when the blob is not stored, or was found corrupt and
 // has been set aside; the cause of ctx; what the file system reported.
-func (s *Store) OpenBlob(ctx context.Context, d digest.Digest) (*os.File, fs.FileInfo, error) {
+func (s *Store) OpenBlob(ctx context.Context, d digest.Digest) (Content, error) {
 	if !validDigest(d) {
-		return nil, nil, fmt.Errorf("opening blob %q: %w", d, digest.ErrDigestInvalidFormat)
+		return Content{}, fmt.Errorf("opening blob %q: %w", d, digest.ErrDigestInvalidFormat)
 	}
-	path := s.path(blobPath(d))
 	for {
-		f, err := os.Open(path)
-		if errors.Is(err, fs.ErrNotExist) && s.rescue(blobPath(d)) {
-			f, err = os.Open(path)
+		c, err := s.medium.openBlob(ctx, d)
+		if err != nil || c.sealed {
+			return c, err
 		}
+		verified, err := s.await(ctx, d)
 		if err != nil {
-			return nil, nil, err
+			c.Close()
+			return Content{}, err
 		}
-		fi, err := f.Stat()
-		if err != nil {
-			f.Close()
-			return nil, nil, err
+		if verified == c.version {
+			return c, nil
 		}
-		if fi.IsDir() {
-			f.Close()
-			return nil, nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
-		}
-		if Sealed(fi, d) {
-			return f, fi, nil
-		}
-		verified, err := s.await(ctx, d, f)
-		if err != nil {
-			f.Close()
-			return nil, nil, err
-		}
-		if verified != nil && os.SameFile(fi, verified) {
-			return f, verified, nil
-		}
-		// The file was exchanged while it was being hashed: begin again
-		// with the one that is there now.
-		f.Close()
+		// It was exchanged while it was being hashed: begin again with what is
+		// there now.
+		c.Close()
 	}
 }
 
-// verification is one hash in progress. info and err are set before done is
+// verification is one hash in progress. version and err are set before done is
 // closed.
 type verification struct {
-	done chan struct{}
-	info fs.FileInfo // the file that was found right
-	err  error
+	done    chan struct{}
+	version version // what was found right
+	err     error
 }
 
-// await has f hashed, or joins whoever is at it, and returns which file was
-// found right.
-func (s *Store) await(ctx context.Context, d digest.Digest, f *os.File) (fs.FileInfo, error) {
-	v, err := s.verification(d, f.Name())
+// await has a blob hashed, or joins whoever is at it, and returns which version
+// of it was found right.
+func (s *Store) await(ctx context.Context, d digest.Digest) (version, error) {
+	v, err := s.verification(d)
 	if err != nil {
-		return nil, err
+		return version{}, err
 	}
 	select {
 	case <-v.done:
-		return v.info, v.err
+		return v.version, v.err
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return version{}, context.Cause(ctx)
 	}
 }
 
 // verification returns the hash of d in progress, or starts it.
-func (s *Store) verification(d digest.Digest, path string) (*verification, error) {
+func (s *Store) verification(d digest.Digest) (*verification, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	select {
@@ -127,7 +109,7 @@ func (s *Store) verification(d digest.Digest, path string) (*verification, error
 	v := &verification{done: make(chan struct{})}
 	s.pending[d] = v
 	s.running.Go(func() {
-		v.info, v.err = s.rehash(d, path)
+		v.version, v.err = s.rehash(d)
 		s.mu.Lock()
 		delete(s.pending, d)
 		s.mu.Unlock()
@@ -136,69 +118,38 @@ func (s *Store) verification(d digest.Digest, path string) (*verification, error
 	return v, nil
 }
 
-// rehash hashes the file at path and seals it, or sets it aside. It returns the
-// file that it found right.
-func (s *Store) rehash(d digest.Digest, path string) (fs.FileInfo, error) {
+// rehash has a blob hashed and sealed, or set aside. It returns what was found
+// right.
+func (s *Store) rehash(d digest.Digest) (version, error) {
 	select {
 	case s.hashing <- struct{}{}:
 		defer func() { <-s.hashing }()
 	case <-s.quit:
-		return nil, errClosed
+		return version{}, errClosed
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
 	start := time.Now()
 	ctx, stop := s.untilClosed()
 	defer stop()
-	err = Verify(ctx, f, d)
-	if errors.Is(err, ErrCorrupt) {
-		return nil, s.quarantine(d, path, f)
+	c, err := s.medium.verifyBlob(ctx, d)
+	if err == nil && c.aside != "" {
+		err = s.setAside(ctx, d, c)
 	}
 	if err != nil {
-		return nil, err
-	}
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
+		return version{}, err
 	}
 	s.rehashed.Add(1)
-	s.log.Info("unsealed blob hashed and found right", "digest", d, "bytes", fi.Size(), "took", time.Since(start))
-	return fi, nil
+	s.log.Info("unsealed blob hashed and found right", "digest", d, "bytes", c.size, "took", time.Since(start))
+	return c.version, nil
 }
 
-// quarantine moves the corrupt file that f has open out of the tree and returns
-// fs.ErrNotExist for the caller to pass on. Should a good copy have taken its
-// place meanwhile, that one stays, or comes back.
-func (s *Store) quarantine(d digest.Digest, path string, f *os.File) error {
-	gone := &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
-	bad, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if now, err := os.Stat(path); err != nil || !os.SameFile(now, bad) {
-		return gone
-	}
-	aside := filepath.Join(s.root, quarantineDir, d.Algorithm().String()+"-"+d.Encoded())
-	if err := os.Rename(path, aside); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return gone
-		}
-		return fmt.Errorf("setting corrupt blob %s aside: %w", d, err)
-	}
-	if moved, err := os.Stat(aside); err == nil && !os.SameFile(moved, bad) {
-		if err := os.Link(aside, path); err == nil || errors.Is(err, fs.ErrExist) {
-			os.Remove(aside)
-		}
-		return gone
-	}
+// setAside takes note of a blob that was found corrupt and is no longer there,
+// which is the error that it returns.
+func (s *Store) setAside(ctx context.Context, d digest.Digest, c checked) error {
 	s.quarantined.Add(1)
-	s.damaged(d)
+	s.damaged(context.WithoutCancel(ctx), d)
 	s.log.Error("corrupt blob set aside; it is no longer served and has to be fetched or pushed again",
-		"digest", d, "bytes", bad.Size(), "quarantine", aside)
-	return gone
+		"digest", d, "bytes", c.size, "quarantine", c.aside)
+	return &fs.PathError{Op: "open", Path: blobPath(d), Err: fs.ErrNotExist}
 }
 
 // untilClosed returns a context that ends with the Store.
@@ -214,6 +165,3 @@ func (s *Store) untilClosed() (context.Context, func()) {
 	})
 	return ctx, func() { close(ended); cancel(nil) }
 }
-
-// path is the path on disk of a driver path, which begins with a slash.
-func (s *Store) path(driverPath string) string { return s.root + driverPath }

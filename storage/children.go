@@ -1,14 +1,13 @@
 package storage
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -43,14 +42,11 @@ type Child struct {
 // RecordChild remembers a child, in the place of what was known about it. The
 // caller has seen its credentials. When there are too many already, a new one is
 // refused with an error.
-func (s *Store) RecordChild(c Child) error {
+func (s *Store) RecordChild(ctx context.Context, c Child) error {
 	sum := sha256.Sum256([]byte(c.Token + "\x00" + c.Name))
-	name := filepath.Join(s.root, childrenDir, hex.EncodeToString(sum[:16])+".json")
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return fmt.Errorf("recording child %s: %w", c.Name, err)
-	}
-	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-		children, err := s.Children()
+	name := childrenDir + "/" + hex.EncodeToString(sum[:16]) + ".json"
+	if _, err := s.medium.readNote(ctx, name); errors.Is(err, fs.ErrNotExist) {
+		children, err := s.Children(ctx)
 		if err != nil {
 			return err
 		}
@@ -62,17 +58,7 @@ func (s *Store) RecordChild(c Child) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-*")
-	if err != nil {
-		return fmt.Errorf("recording child %s: %w", c.Name, err)
-	}
-	_, err = f.Write(body)
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
+	if err := s.medium.writeNote(ctx, name, body, false); err != nil {
 		return fmt.Errorf("recording child %s: %w", c.Name, err)
 	}
 	return nil
@@ -80,28 +66,27 @@ func (s *Store) RecordChild(c Child) error {
 
 // Children lists the children by name and token, and forgets those that have
 // been silent for 90 days.
-func (s *Store) Children() ([]Child, error) {
-	dir := filepath.Join(s.root, childrenDir)
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+func (s *Store) Children(ctx context.Context) ([]Child, error) {
+	notes, err := s.medium.listNotes(ctx, childrenDir)
 	if err != nil {
 		return nil, fmt.Errorf("listing children: %w", err)
 	}
 	var children []Child
-	for _, e := range entries {
-		body, err := os.ReadFile(filepath.Join(dir, e.Name()))
+	for _, n := range notes {
+		name := childrenDir + "/" + n.name
+		if heard, err := n.modified(); err == nil && time.Since(heard) > childAge {
+			_ = s.medium.removeNote(ctx, name) // or next time
+			continue
+		}
+		body, err := s.medium.readNote(ctx, name)
 		var c Child
 		if err == nil {
 			err = json.Unmarshal(body, &c)
 		}
-		info, statErr := e.Info()
-		if stale := statErr == nil && time.Since(info.ModTime()) > childAge; stale {
-			_ = os.Remove(filepath.Join(dir, e.Name())) // or next time
-			continue
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
-		if err == nil && strings.HasSuffix(e.Name(), ".json") {
+		if err == nil && strings.HasSuffix(n.name, ".json") {
 			children = append(children, c)
 		}
 	}

@@ -2,14 +2,10 @@ package storage
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
@@ -31,18 +27,17 @@ type Collected struct {
 
 // collection is one pass of the collector over everything.
 //
-// Nothing is deleted at once. A pass condemns: it moves links that nothing needs,
-// and blobs that no link names, to limbo, from where any use brings them back. A
-// later pass, when the grace time has gone by, looks again at what is still in
-// limbo, with new eyes, and deletes it. What protects the work of others
-// meanwhile, without a lock:
+// Nothing is deleted at once. A pass condemns links that nothing needs, and blobs
+// that no link names, which any use brings back. A later pass, when the grace
+// time has gone by, looks again at what is still condemned, with new eyes, and
+// deletes it. What protects the work of others meanwhile, without a lock:
 //
 //   - Whoever relies on a link renews it first, and finds out by that whether it
 //     is there. A pass that has condemned a link looks at its time after.
 //   - Whoever makes a link looks for the blob after. A pass reads the links after
 //     it has condemned the blob.
-//   - What is deleted leaves limbo by one rename, which fails if it was brought
-//     back before.
+//   - What is deleted is taken by one step of the medium, which fails if it was
+//     brought back before.
 //
 // On a file system that caches names, such as NFS, what others did is seen late.
 // The grace time is longer than that, and so covers it.
@@ -55,11 +50,11 @@ type collection struct {
 	Collected
 }
 
-// collect makes passes until nothing is in limbo any more, or ctx ends.
+// collect makes passes until nothing is condemned any more, or ctx ends.
 func (s *Store) collect(ctx context.Context, minAge, grace time.Duration) (Collected, error) {
 	var sum Collected
 	// Two waits delete what there is: links, and then blobs. A third is for
-	// what was in limbo already.
+	// what was condemned already.
 	for round := range 4 {
 		if round > 0 && !sleep(ctx, grace+grace/10) {
 			return sum, context.Cause(ctx)
@@ -108,12 +103,12 @@ func (s *Store) pass(ctx context.Context, minAge, grace time.Duration) (Collecte
 			c.queued[e.Repository] = append(c.queued[e.Repository], e.Digest)
 		}
 	}
-	names, err := s.allRepositories()
+	names, err := s.medium.repositories(ctx)
 	if err != nil {
 		return c.Collected, fmt.Errorf("collecting garbage: %w", err)
 	}
-	for name, valid := range names {
-		if !valid {
+	for _, name := range names {
+		if !ValidName(name) {
 			continue // not made by us, and not to be reached through us
 		}
 		if err := c.repository(ctx, Repository{store: s, name: name, path: repositoriesRoot + name}); err != nil {
@@ -129,7 +124,7 @@ func (s *Store) pass(ctx context.Context, minAge, grace time.Duration) (Collecte
 // repository condemns and deletes links of one repository, and takes note of the
 // blobs that the others name.
 func (c *collection) repository(ctx context.Context, r Repository) error {
-	have, err := c.store.contents(r)
+	have, err := c.store.contents(ctx, r)
 	if err != nil {
 		return err
 	}
@@ -147,16 +142,16 @@ func (c *collection) repository(ctx context.Context, r Repository) error {
 		}
 		return nil
 	}
-	if err := c.restore(links, keep); err != nil {
+	if err := c.restore(ctx, links, keep); err != nil {
 		return err
 	}
-	if err := c.delete(have, keep); err != nil {
+	if err := c.delete(ctx, have, keep); err != nil {
 		return err
 	}
-	if err := c.condemn(links, keep); err != nil {
+	if err := c.condemn(ctx, links, keep); err != nil {
 		return err
 	}
-	return c.tidy(r, have, keep)
+	return c.tidy(ctx, r, have, keep)
 }
 
 // link takes note of what a link names.
@@ -164,77 +159,55 @@ func (c *collection) link(l link) {
 	c.linked[l.target], c.linked[l.name] = true, true
 }
 
-// restore brings back from limbo what is needed after all.
-func (c *collection) restore(links []link, keep map[digest.Digest]bool) error {
+// restore brings back what is needed after all.
+func (c *collection) restore(ctx context.Context, links []link, keep map[digest.Digest]bool) error {
 	for _, l := range links {
 		if keep[l.name] && !l.condemned.IsZero() {
 			c.link(l)
-			c.store.rescue(l.dir + "/link")
+			c.store.medium.rescue(ctx, l.path)
 		}
 	}
 	return nil
 }
 
-// doomedPrefix begins the name, in limbo, of what is out of reach there. It is not
-// in the trash, which any process empties, for it may have to go back.
-const doomedPrefix = "doomed-"
-
-// delete deletes the links that have been in limbo for long enough: all or none
+// delete deletes the links that have been condemned for long enough: all or none
 // of a repository. When one of them turns out to have come back, what hangs on it
 // must not go.
-func (c *collection) delete(have contents, keep map[digest.Digest]bool) error {
-	type taking struct{ doomed, from string }
-	var taken []taking
-	manifests, layers := 0, 0
-	for i, l := range slices.Concat(have.revisions, have.layers) {
-		if keep[l.name] || l.condemned.IsZero() {
-			continue
+func (c *collection) delete(ctx context.Context, have contents, keep map[digest.Digest]bool) error {
+	due := func(links []link) (due []link) {
+		for _, l := range links {
+			switch {
+			case keep[l.name] || l.condemned.IsZero():
+			case l.condemned.After(c.settled):
+				c.link(l)
+				c.Waiting++
+			default:
+				due = append(due, l)
+			}
 		}
-		if l.condemned.After(c.settled) {
+		return due
+	}
+	manifests, layers := due(have.revisions), due(have.layers)
+	if len(manifests)+len(layers) == 0 {
+		return nil
+	}
+	all := slices.Concat(manifests, layers)
+	reaped, err := c.store.medium.reap(ctx, all, c.cutoff)
+	if !reaped {
+		for _, l := range all { // they are there again
 			c.link(l)
-			c.Waiting++
-			continue
 		}
-		from := c.store.limboPath(l.dir)
-		doomed := c.store.limboPath("/" + doomedPrefix + rand.Text())
-		err := os.Rename(from, doomed)
-		if err == nil {
-			// Its link may have been taken out of it.
-			_, err = os.Lstat(doomed + "/link")
-			taken = append(taken, taking{doomed, from})
-		}
-		if err != nil {
-			for _, t := range taken {
-				err = errors.Join(err, os.Rename(t.doomed, t.from))
-			}
-			for _, l := range have.layers { // what was counted is there again
-				c.link(l)
-			}
-			for _, l := range have.revisions {
-				c.link(l)
-			}
-			c.Waiting++
-			return ignoreAbsent(err)
-		}
-		if i < len(have.revisions) {
-			manifests++
-		} else {
-			layers++
-		}
+		c.Waiting++
+		return err
 	}
-	c.Manifests += manifests
-	c.Layers += layers
-	var errs []error
-	for _, t := range taken {
-		errs = append(errs, os.RemoveAll(t.doomed))
-	}
-	return errors.Join(errs...)
+	c.Manifests += len(manifests)
+	c.Layers += len(layers)
+	return err
 }
 
-// condemn moves links of the tree that nothing needs to limbo. If one of them was
-// used at that very moment it comes back, and the rest waits for the next pass,
-// which knows more.
-func (c *collection) condemn(links []link, keep map[digest.Digest]bool) error {
+// condemn condemns links that nothing needs. If one of them was used at that very
+// moment it comes back, and the rest waits for the next pass, which knows more.
+func (c *collection) condemn(ctx context.Context, links []link, keep map[digest.Digest]bool) error {
 	used := false
 	for _, l := range links {
 		if !l.condemned.IsZero() {
@@ -244,7 +217,7 @@ func (c *collection) condemn(links []link, keep map[digest.Digest]bool) error {
 		if keep[l.name] || used {
 			continue
 		}
-		err := c.store.condemn(l.dir)
+		at, err := c.store.medium.condemn(ctx, l)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted meanwhile
 		}
@@ -256,94 +229,57 @@ func (c *collection) condemn(links []link, keep map[digest.Digest]bool) error {
 			return err
 		}
 		c.Waiting++
-		at, _, err := statFile(c.store.limboPath(l.dir) + "/link")
-		if err != nil || at.After(c.cutoff) {
+		if at.After(c.cutoff) {
 			used = true
-			c.store.rescue(l.dir + "/link")
+			c.store.medium.rescue(ctx, l.path)
 		}
 	}
 	return nil
 }
 
-// blobs condemns blobs that no link names, and deletes those that have been in
-// limbo for long enough.
+// blobs condemns blobs that no link names, and deletes those that have been
+// condemned for long enough.
 func (c *collection) blobs(ctx context.Context) error {
-	if err := c.eachBlob(ctx, c.store.limboPath(blobsRoot), c.limboBlob); err != nil {
-		return err
-	}
-	return c.eachBlob(ctx, c.store.path(blobsRoot), c.treeBlob)
-}
-
-func (c *collection) eachBlob(ctx context.Context, root string, visit func(d digest.Digest) error) error {
-	return eachDir(root, func(alg string) error {
-		return eachDir(filepath.Join(root, alg), func(prefix string) error {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return eachDir(filepath.Join(root, alg, prefix), func(hex string) error {
-				d := digest.Digest(alg + ":" + hex)
-				if !validDigest(d) || !strings.HasPrefix(hex, prefix) || len(prefix) != 2 {
-					return nil
-				}
-				return visit(d)
-			})
-		})
-	})
-}
-
-// limboBlob decides about a blob in limbo. The links were read after it had been
-// condemned.
-func (c *collection) limboBlob(d digest.Digest) error {
-	data := blobPath(d)
-	dir := c.store.limboPath(filepath.Dir(data))
-	if c.linked[d] {
-		if _, err := os.Lstat(c.store.path(data)); err == nil {
-			return ignoreAbsent(c.store.discard(dir)) // it has been stored again
+	for b, err := range c.store.medium.blobs(ctx, false) {
+		if err == nil {
+			err = c.blob(ctx, b)
 		}
-		c.store.rescue(data)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// blob decides about a blob. The links were read after it had been condemned, if
+// it was.
+func (c *collection) blob(ctx context.Context, b blob) error {
+	medium, linked := c.store.medium, c.linked[b.digest]
+	switch {
+	case linked && b.condemned.IsZero():
+		c.Kept++
 		return nil
-	}
-	condemned, _, err := statFile(dir)
-	if err != nil {
-		return ignoreAbsent(err)
-	}
-	if condemned.After(c.settled) {
+	case linked:
+		return medium.restoreBlob(ctx, b.digest)
+	case b.condemned.IsZero():
+		// A young one has just come, and its link is about to.
+		condemned, err := medium.condemnBlob(ctx, b.digest, c.settled)
+		full := errors.Is(err, syscall.ENOSPC)
+		if condemned || full {
+			c.Waiting++
+		}
+		if full {
+			return nil
+		}
+		return err
+	case b.condemned.After(c.settled):
 		c.Waiting++
 		return nil
 	}
-	_, size, err := statFile(c.store.limboPath(data))
-	if errors.Is(err, fs.ErrNotExist) {
-		return ignoreAbsent(c.store.discard(dir)) // brought back
-	}
-	if err == nil {
-		err = c.store.discard(dir)
-	}
-	if err == nil {
+	size, reaped, err := medium.reapBlob(ctx, b.digest)
+	if reaped {
 		c.Blobs++
 		c.Bytes += size
 	}
-	return ignoreAbsent(err)
-}
-
-// treeBlob decides about a blob in the tree.
-func (c *collection) treeBlob(d digest.Digest) error {
-	if c.linked[d] {
-		c.Kept++
-		return nil
-	}
-	data := blobPath(d)
-	dir := filepath.Dir(data)
-	changed, _, err := statFile(c.store.path(dir))
-	if err != nil || changed.After(c.settled) {
-		// Young: it has just come, and its link is about to.
-		return ignoreAbsent(err)
-	}
-	if _, err := os.Lstat(c.store.path(data)); err != nil {
-		return removeTemporary(c.store.path(dir))
-	}
-	if err := c.store.condemn(dir); err != nil && !errors.Is(err, syscall.ENOSPC) {
-		return ignoreAbsent(err)
-	}
-	c.Waiting++
-	return nil
+	return err
 }

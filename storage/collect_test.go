@@ -164,24 +164,24 @@ func TestCollectKeepsWhatIsReachable(t *testing.T) {
 		t.Errorf("stored (-want +got):\n%s\nlitter %q", diff, litter)
 	}
 	for _, d := range []digest.Digest{gone, ofGone, before} {
-		if _, _, err := a.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := a.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("manifest %s: %v", d, err)
 		}
 	}
 	for _, d := range []digest.Digest{goneLayer, alone, mounted} {
-		if a.HasLayer(d) {
+		if a.HasLayer(t.Context(), d) {
 			t.Errorf("layer %s is still there", d)
 		}
 	}
 	// What is gone can be pushed again.
-	if mustUpload(t, s, a.Name(), []byte("gone")) != goneLayer || !a.HasLayer(goneLayer) {
+	if mustUpload(t, s, a.Name(), []byte("gone")) != goneLayer || !a.HasLayer(t.Context(), goneLayer) {
 		t.Error("pushed again and not there")
 	}
 	put(t, a, manifestOf("", []digest.Digest{goneLayer, shared}, nil, "gone"), "back")
 	age(t, s)
 	collectAll(t, s)
 	for _, d := range []digest.Digest{goneLayer, shared} {
-		if f, _, err := a.OpenLayer(t.Context(), d); err != nil {
+		if f, err := a.OpenLayer(t.Context(), d); err != nil {
 			t.Errorf("layer %s: %v", d, err)
 		} else {
 			f.Close()
@@ -204,11 +204,11 @@ func TestCollectLeavesNothingOfWhatWasDeleted(t *testing.T) {
 	if blobs, litter := stored(t, s); len(blobs) != 2 || !blobs[keep] || litter != nil {
 		t.Errorf("stored: %v, %q", blobs, litter)
 	}
-	if _, _, err := a.Tags("", -1); !errors.Is(err, fs.ErrNotExist) {
+	if _, _, err := a.Tags(t.Context(), "", -1); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("tags of what is gone: %v", err)
 	}
 	var names []string
-	for name, err := range s.Repositories("") {
+	for name, err := range s.Repositories(t.Context(), "") {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -262,7 +262,7 @@ func TestUseBringsBackFromLimbo(t *testing.T) {
 	manifest := put(t, a, content)
 	for name, use := range map[string]func() error{
 		"a layer is read": func() error {
-			f, _, err := a.OpenLayer(ctx, layer)
+			f, err := a.OpenLayer(ctx, layer)
 			return errors.Join(err, f.Close())
 		},
 		"a layer is mounted": func() error { return b.MountLayer(ctx, a, layer) },
@@ -273,19 +273,19 @@ func TestUseBringsBackFromLimbo(t *testing.T) {
 	} {
 		age(t, s)
 		condemnAll(t, s)
-		if a.HasLayer(layer) {
+		if a.HasLayer(t.Context(), layer) {
 			t.Fatalf("%s: not condemned", name)
 		}
 		if err := use(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if !a.HasLayer(layer) {
+		if !a.HasLayer(t.Context(), layer) {
 			t.Errorf("%s: not brought back", name)
 		}
 		if _, err := s.pass(ctx, time.Hour, time.Nanosecond); err != nil {
 			t.Fatal(err)
 		}
-		if !a.HasLayer(layer) {
+		if !a.HasLayer(t.Context(), layer) {
 			t.Errorf("%s: deleted after all", name)
 		}
 		put(t, a, content)
@@ -298,7 +298,7 @@ func TestUseBringsBackFromLimbo(t *testing.T) {
 	if blobs, litter := stored(t, s); !blobs[layer] || !blobs[manifest] || litter != nil {
 		t.Errorf("stored %v, %q", blobs, litter)
 	}
-	if !a.HasLayer(layer) {
+	if !a.HasLayer(t.Context(), layer) {
 		t.Error("the layer of what is tagged is gone")
 	}
 }
@@ -319,7 +319,7 @@ func TestBlobComesBackFromLimbo(t *testing.T) {
 		t.Fatal(err)
 	}
 	// And so does one that nobody looked for before linking to it.
-	if err := s.condemn(filepath.Dir(blobPath(d))); err != nil {
+	if err := s.onDisk().limbo(filepath.Dir(blobPath(d))); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Driver().PutContent(t.Context(), linkPath(repositoriesRoot+"b/_layers/", d), []byte(d)); err != nil {
@@ -329,7 +329,7 @@ func TestBlobComesBackFromLimbo(t *testing.T) {
 		t.Error(err)
 	}
 	// And so does one whose link nobody but the collector has looked at.
-	if err := s.condemn(filepath.Dir(blobPath(d))); err != nil {
+	if err := s.onDisk().limbo(filepath.Dir(blobPath(d))); err != nil {
 		t.Fatal(err)
 	}
 	collectAll(t, s)
@@ -349,7 +349,7 @@ func TestCollectKeepsWhatTheParentLacks(t *testing.T) {
 	layer := mustUpload(t, s, "a", []byte("layer"))
 	content := manifestOf("", []digest.Digest{layer}, nil, "")
 	d := digest.FromBytes(content)
-	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a", Digest: d}, func() error {
+	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a", Digest: d}, func() error {
 		return a.PutManifest(t.Context(), d, content)
 	})
 	if err != nil {
@@ -360,7 +360,7 @@ func TestCollectKeepsWhatTheParentLacks(t *testing.T) {
 	if blobs, _ := stored(t, s); !blobs[d] || !blobs[layer] {
 		t.Fatalf("stored: %v", blobs)
 	}
-	if err := s.Journal().Done(entries(t, s, 0)[0].ID); err != nil {
+	if err := s.Journal().Done(t.Context(), entries(t, s, 0)[0].ID); err != nil {
 		t.Fatal(err)
 	}
 	collectAll(t, s)
@@ -387,14 +387,14 @@ func TestDamageStopsCollection(t *testing.T) {
 	if got := collectAll(t, s); got.Skipped["a"] == "" {
 		t.Errorf("not skipped when it is in quarantine: %+v", got)
 	}
-	if !a.HasLayer(layer) {
+	if !a.HasLayer(t.Context(), layer) {
 		t.Error("layer of a damaged manifest collected")
 	}
 	put(t, a, content, "t")
 	if got := collectAll(t, s); len(got.Skipped) != 0 {
 		t.Errorf("skipped: %+v", got.Skipped)
 	}
-	if f, _, err := a.OpenLayer(t.Context(), layer); err != nil {
+	if f, err := a.OpenLayer(t.Context(), layer); err != nil {
 		t.Error(err)
 	} else {
 		f.Close()
@@ -409,7 +409,7 @@ func TestUseWhileBeingCondemned(t *testing.T) {
 	layer := mustUpload(t, s, "a", []byte("layer"))
 	d := put(t, a, manifestOf("", []digest.Digest{layer}, nil, ""))
 	age(t, s)
-	have, err := s.contents(a)
+	have, err := s.contents(t.Context(), a)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -419,28 +419,32 @@ func TestUseWhileBeingCondemned(t *testing.T) {
 	if err != nil || len(keep) != 0 {
 		t.Fatal(keep, err)
 	}
-	a.UseManifest(d)
-	if err := c.condemn(append(have.revisions, have.layers...), keep); err != nil {
+	if err := a.UseManifest(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.store.readLink(linkPath(a.path+"/_manifests/revisions/", d)); err != nil || !a.HasLayer(layer) {
+	if err := c.condemn(t.Context(), append(have.revisions, have.layers...), keep); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.store.medium.readLink(t.Context(), linkPath(a.path+"/_manifests/revisions/", d)); err != nil || !a.HasLayer(t.Context(), layer) {
 		t.Errorf("taken away while it was used: %v", err)
 	}
 	// The same between the marking and the deletion from limbo.
 	age(t, s)
 	condemnAll(t, s)
-	if have, err = s.contents(a); err != nil {
+	if have, err = s.contents(t.Context(), a); err != nil {
 		t.Fatal(err)
 	}
-	a.UseManifest(d)
+	if err := a.UseManifest(t.Context(), d); err != nil {
+		t.Fatal(err)
+	}
 	c.settled = time.Now().Add(time.Hour)
-	if err := c.delete(have, nil); err != nil {
+	if err := c.delete(t.Context(), have, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.pass(t.Context(), time.Hour, time.Nanosecond); err != nil {
 		t.Fatal(err)
 	}
-	if f, _, err := a.OpenLayer(t.Context(), layer); err != nil {
+	if f, err := a.OpenLayer(t.Context(), layer); err != nil {
 		t.Error(err)
 	} else {
 		f.Close()
@@ -523,10 +527,10 @@ func TestScrub(t *testing.T) {
 	if diff := cmp.Diff(Scrubbed{Blobs: 3, Bytes: 201_000, Corrupt: 2, Finished: true}, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	if _, _, err := a.OpenLayer(t.Context(), bad); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := a.OpenLayer(t.Context(), bad); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("corrupt blob: %v", err)
 	}
-	if f, _, err := a.OpenLayer(t.Context(), good); err != nil {
+	if f, err := a.OpenLayer(t.Context(), good); err != nil {
 		t.Error(err)
 	} else {
 		f.Close()

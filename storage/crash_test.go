@@ -95,7 +95,7 @@ func TestKillLosesNothingAcknowledged(t *testing.T) {
 		if kind == "manifest" {
 			openIt = repo.OpenManifest
 		}
-		f, _, err := openIt(t.Context(), d)
+		f, err := openIt(t.Context(), d)
 		if err != nil {
 			t.Errorf("%s %s: %v", kind, d, err)
 			continue
@@ -137,16 +137,16 @@ func everythingServedIsRight(t *testing.T, s *Store, repo Repository) {
 	if err != nil {
 		t.Error(err)
 	}
-	tags, _, err := repo.Tags("", -1)
+	tags, _, err := repo.Tags(t.Context(), "", -1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, tag := range tags {
-		d, err := repo.Tag(tag)
+		d, err := repo.Tag(t.Context(), tag)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // killed before the tag was acknowledged
 		}
-		f, _, err := repo.OpenManifest(t.Context(), d)
+		f, err := repo.OpenManifest(t.Context(), d)
 		if err != nil {
 			t.Errorf("tag %s: %v", tag, err)
 			continue

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -29,25 +27,25 @@ type Damage struct {
 // pushed again, oldest first. Those that have come back, or that nobody holds any
 // more, leave the list by this.
 func (s *Store) Damaged(ctx context.Context) ([]Damage, error) {
-	marks, err := os.ReadDir(filepath.Join(s.root, damagedDir))
+	marks, err := s.medium.listNotes(ctx, damagedDir)
 	if err != nil {
 		return nil, fmt.Errorf("listing damaged content: %w", err)
 	}
 	var list []Damage
 	for _, mark := range marks {
-		d, ok := parseEntryDigest(mark.Name())
-		fi, err := mark.Info()
+		d, ok := parseEntryDigest(mark.name)
+		since, err := mark.modified()
 		if !ok || errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("listing damaged content: %w", err)
 		}
-		if _, err := os.Lstat(s.path(blobPath(d))); err == nil {
-			s.repaired(d)
+		if _, _, err := s.medium.statBlob(ctx, d); err == nil {
+			s.repaired(ctx, d)
 			continue
 		}
-		list = append(list, Damage{Digest: d, Since: fi.ModTime()})
+		list = append(list, Damage{Digest: d, Since: since})
 	}
 	if len(list) == 0 {
 		return nil, nil
@@ -57,7 +55,7 @@ func (s *Store) Damaged(ctx context.Context) ([]Damage, error) {
 	}
 	list = slices.DeleteFunc(list, func(d Damage) bool {
 		if len(d.Repositories) == 0 {
-			s.repaired(d.Digest)
+			s.repaired(ctx, d.Digest)
 		}
 		return len(d.Repositories) == 0
 	})
@@ -69,17 +67,17 @@ func (s *Store) Damaged(ctx context.Context) ([]Damage, error) {
 
 // holders finds out which repositories link to what is damaged.
 func (s *Store) holders(ctx context.Context, list []Damage) error {
-	names, err := s.allRepositories()
+	names, err := s.medium.repositories(ctx)
 	if err != nil {
 		return fmt.Errorf("listing damaged content: %w", err)
 	}
-	for name := range names {
+	for _, name := range names {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		for i, d := range list {
 			for _, links := range []string{"/_layers/", "/_manifests/revisions/"} {
-				_, _, err := statFile(s.path(linkPath(repositoriesRoot+name+links, d.Digest)))
+				_, _, err := s.medium.look(ctx, linkPath(repositoriesRoot+name+links, d.Digest), d.Digest)
 				if err == nil {
 					list[i].Repositories = append(list[i].Repositories, name)
 					break
@@ -93,18 +91,18 @@ func (s *Store) holders(ctx context.Context, list []Damage) error {
 	return nil
 }
 
-// damaged notes durably that a blob is wanted again.
-func (s *Store) damaged(d digest.Digest) {
-	dir := filepath.Join(s.root, damagedDir)
-	f, err := os.OpenFile(filepath.Join(dir, entryName(d)), os.O_CREATE|os.O_WRONLY, 0o666)
-	if err == nil {
-		err = errors.Join(f.Close(), syncDir(dir))
+// damaged notes durably that a blob is wanted again, and since when.
+func (s *Store) damaged(ctx context.Context, d digest.Digest) {
+	name := damagedDir + "/" + entryName(d)
+	_, err := s.medium.readNote(ctx, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = s.medium.writeNote(ctx, name, nil, true)
 	}
 	if err != nil {
 		s.log.Error("corrupt blob cannot be noted for the next synchronisation; resync to have it fetched again", "digest", d, "error", err)
 	}
 }
 
-func (s *Store) repaired(d digest.Digest) {
-	os.Remove(filepath.Join(s.root, damagedDir, entryName(d)))
+func (s *Store) repaired(ctx context.Context, d digest.Digest) {
+	_ = s.medium.removeNote(ctx, damagedDir+"/"+entryName(d)) // or next time
 }

@@ -33,7 +33,7 @@ func pushUntilFull(root string) {
 	for i := 0; refused < 5; i++ {
 		content := manifestOf("", nil, nil, fmt.Sprint(i, strings.Repeat("x", 10_000)))
 		d, tag := digest.FromBytes(content), fmt.Sprint("t", i)
-		err := s.Journal().Record(Change{Action: ActionPush, Repository: "a", Tag: tag, Digest: d}, func() error {
+		err := s.Journal().Record(ctx, Change{Action: ActionPush, Repository: "a", Tag: tag, Digest: d}, func() error {
 			return r.PutManifest(ctx, d, content, tag)
 		})
 		switch {
@@ -54,7 +54,7 @@ func pushUntilFull(root string) {
 	journalled := make(map[string]bool)
 	for _, e := range entries {
 		journalled[e.Tag] = true
-		f, _, err := r.OpenManifest(ctx, e.Digest)
+		f, err := r.OpenManifest(ctx, e.Digest)
 		if err != nil {
 			fmt.Println("error journalled and not there", e.Tag, err)
 			return
@@ -68,7 +68,7 @@ func pushUntilFull(root string) {
 		}
 	}
 	// What frees space works without any.
-	if err := s.Journal().Done(entries[0].ID); err != nil {
+	if err := s.Journal().Done(ctx, entries[0].ID); err != nil {
 		fmt.Println("error", err)
 		return
 	}

@@ -8,8 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,8 +16,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// The journal is a directory with one file for each change that clients made
-// and the parent has not been told of yet:
+// The journal is a folder with one note for each change that clients made and
+// the parent has not been told of yet:
 //
 //	journal/<nanoseconds, 20 digits>-<random>.json
 //
@@ -89,7 +87,6 @@ type Entry struct {
 // methods may be called concurrently, and by several processes at a time.
 type Journal struct {
 	store *Store
-	dir   string
 	limit int // maxJournal, but for tests
 
 	mu   sync.Mutex
@@ -98,7 +95,7 @@ type Journal struct {
 }
 
 func newJournal(s *Store) *Journal {
-	return &Journal{store: s, dir: filepath.Join(s.root, journalDir), limit: maxJournal}
+	return &Journal{store: s, limit: maxJournal}
 }
 
 // Journal is the journal of the clients' changes.
@@ -112,47 +109,44 @@ func (s *Store) Journal() *Journal { return s.journal }
 //
 // Errors: that of apply; one that wraps ErrJournalFull; what the file system
 // reported.
-func (j *Journal) Record(c Change, apply func() error) error {
-	id, err := j.begin(c)
+func (j *Journal) Record(ctx context.Context, c Change, apply func() error) error {
+	id, content, err := j.begin(ctx, c)
 	if err != nil {
 		return fmt.Errorf("recording the %s of %s for the parent registry: %w", c.Action, c.Repository, err)
 	}
-	pending := filepath.Join(j.dir, id+pendingSuffix)
+	settled := context.WithoutCancel(ctx) // whoever asked for it may be gone by now
 	if err := apply(); err != nil {
-		return errors.Join(err, ignoreAbsent(os.Remove(pending)))
+		return errors.Join(err, j.store.medium.removeNote(settled, noteOf(id, pendingSuffix)))
 	}
-	err = os.Rename(pending, filepath.Join(j.dir, id+journalSuffix))
-	if errors.Is(err, fs.ErrNotExist) {
-		// It took so long that it was taken for dead, and has been dealt with.
-		err = j.write(id, journalSuffix, c)
-	}
-	if err == nil {
-		err = syncDir(j.dir)
-	}
+	// If it took so long that it was taken for dead, and has been dealt with, it
+	// is there again.
+	err = j.store.medium.moveNote(settled, noteOf(id, pendingSuffix), noteOf(id, journalSuffix), content)
 	if err != nil {
 		return fmt.Errorf("recording the %s of %s for the parent registry: %w", c.Action, c.Repository, err)
 	}
 	return nil
 }
 
-// begin writes a pending entry and returns its id.
-func (j *Journal) begin(c Change) (string, error) {
-	id, err := j.reserve()
-	if err != nil {
-		return "", err
+// noteOf is the name of the note that holds an entry.
+func noteOf(id, suffix string) string { return journalDir + "/" + id + suffix }
+
+// begin writes a pending entry and returns its id and content.
+func (j *Journal) begin(ctx context.Context, c Change) (id string, content []byte, err error) {
+	if id, err = j.reserve(ctx); err != nil {
+		return "", nil, err
 	}
-	if err := j.write(id, pendingSuffix, c); err != nil {
-		return "", err
+	if content, err = json.Marshal(c); err != nil {
+		return "", nil, err
 	}
-	return id, syncDir(j.dir)
+	return id, content, j.store.medium.writeNote(ctx, noteOf(id, pendingSuffix), content, true)
 }
 
 // reserve makes an id later than all before, if there is room for an entry.
-func (j *Journal) reserve() (string, error) {
+func (j *Journal) reserve(ctx context.Context) (string, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.room == 0 {
-		names, err := j.names()
+		names, err := j.names(ctx)
 		if err != nil {
 			return "", err
 		}
@@ -168,31 +162,10 @@ func (j *Journal) reserve() (string, error) {
 	return fmt.Sprintf("%020d-%s", j.last, hex.EncodeToString(unique[:])), nil
 }
 
-// write writes an entry in one step. It does not make the directory durable.
-func (j *Journal) write(id, suffix string, c Change) error {
-	content, err := json.Marshal(c)
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(j.dir, ".new-*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(content)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(j.dir, id+suffix))
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
-}
-
 // Entries returns up to n changes in order, oldest first; n <= 0 means all. A
 // change that is still being made is not among them, those behind it are.
 func (j *Journal) Entries(ctx context.Context, n int) ([]Entry, error) {
-	names, err := j.names()
+	names, err := j.names(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("reading the journal: %w", err)
 	}
@@ -204,7 +177,7 @@ func (j *Journal) Entries(ctx context.Context, n int) ([]Entry, error) {
 		if n > 0 && len(entries) == n {
 			break
 		}
-		e, err := j.read(name)
+		e, err := j.read(ctx, name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // done, or still being made
 		}
@@ -219,7 +192,7 @@ func (j *Journal) Entries(ctx context.Context, n int) ([]Entry, error) {
 // Tags are the tags that have changed, or are being changed, by repository: those
 // that nobody but clients may write until the parent has been told.
 func (j *Journal) Tags(ctx context.Context) (map[string]map[string]bool, error) {
-	names, err := j.names()
+	names, err := j.names(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("reading the journal: %w", err)
 	}
@@ -232,10 +205,10 @@ func (j *Journal) Tags(ctx context.Context) (map[string]map[string]bool, error) 
 		if !ok {
 			continue
 		}
-		e, err := j.parse(name, id, began)
+		e, err := j.parse(ctx, name, id, began)
 		if errors.Is(err, fs.ErrNotExist) {
 			// It has settled, or is dealt with, by now.
-			if e, err = j.parse(id+journalSuffix, id, began); errors.Is(err, fs.ErrNotExist) {
+			if e, err = j.parse(ctx, id+journalSuffix, id, began); errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
 		}
@@ -253,24 +226,24 @@ func (j *Journal) Tags(ctx context.Context) (map[string]map[string]bool, error) 
 }
 
 // read reads one entry. The error is fs.ErrNotExist when it does not count.
-func (j *Journal) read(name string) (Entry, error) {
+func (j *Journal) read(ctx context.Context, name string) (Entry, error) {
 	id, began, ok := parseEntryName(name)
 	if !ok || strings.HasSuffix(name, pendingSuffix) && time.Since(began) < settleTime {
 		return Entry{}, fs.ErrNotExist
 	}
-	return j.parse(name, id, began)
+	return j.parse(ctx, name, id, began)
 }
 
-func (j *Journal) parse(name, id string, began time.Time) (Entry, error) {
-	content, err := os.ReadFile(filepath.Join(j.dir, name))
+func (j *Journal) parse(ctx context.Context, name, id string, began time.Time) (Entry, error) {
+	content, err := j.store.medium.readNote(ctx, journalDir+"/"+name)
 	if err != nil {
 		return Entry{}, err
 	}
 	e := Entry{ID: id, Time: began}
 	if err := json.Unmarshal(content, &e.Change); err != nil || !ValidName(e.Repository) {
-		aside := filepath.Join(j.store.root, quarantineDir, "journal-"+name)
+		aside := quarantineDir + "/journal-" + name
 		j.store.log.Error("damaged entry of the journal set aside; the next full synchronisation finds what it was about", "entry", name, "quarantine", aside)
-		if err := os.Rename(filepath.Join(j.dir, name), aside); err != nil {
+		if err := j.store.medium.moveNote(ctx, journalDir+"/"+name, aside, content); err != nil {
 			return Entry{}, err
 		}
 		return Entry{}, fs.ErrNotExist
@@ -280,7 +253,7 @@ func (j *Journal) parse(name, id string, began time.Time) (Entry, error) {
 
 // Done removes entries that have been dealt with. Those that are not there are
 // no error. Should the power fail, some may come back.
-func (j *Journal) Done(ids ...string) error {
+func (j *Journal) Done(ctx context.Context, ids ...string) error {
 	var errs []error
 	for _, id := range ids {
 		if _, _, ok := parseEntryName(id + journalSuffix); !ok {
@@ -288,7 +261,7 @@ func (j *Journal) Done(ids ...string) error {
 			continue
 		}
 		for _, suffix := range []string{journalSuffix, pendingSuffix} {
-			errs = append(errs, ignoreAbsent(os.Remove(filepath.Join(j.dir, id+suffix))))
+			errs = append(errs, j.store.medium.removeNote(ctx, noteOf(id, suffix)))
 		}
 	}
 	return errors.Join(errs...)
@@ -296,8 +269,8 @@ func (j *Journal) Done(ids ...string) error {
 
 // Backlog tells how many changes are waiting, and when the oldest was made; the
 // zero time when none is.
-func (j *Journal) Backlog() (n int, oldest time.Time, err error) {
-	names, err := j.names()
+func (j *Journal) Backlog(ctx context.Context) (n int, oldest time.Time, err error) {
+	names, err := j.names(ctx)
 	if err != nil {
 		return 0, time.Time{}, fmt.Errorf("reading the journal: %w", err)
 	}
@@ -312,15 +285,20 @@ func (j *Journal) Backlog() (n int, oldest time.Time, err error) {
 	return n, oldest, nil
 }
 
-// names lists the directory, sorted.
-func (j *Journal) names() ([]string, error) {
-	entries, err := os.ReadDir(j.dir)
+// names lists what there is, sorted. An entry that was settled and is still called
+// pending, too, is there once.
+func (j *Journal) names(ctx context.Context) ([]string, error) {
+	notes, err := j.store.medium.listNotes(ctx, journalDir)
 	if err != nil {
 		return nil, err
 	}
-	names := make([]string, len(entries))
-	for i, e := range entries {
-		names[i] = e.Name()
+	names := make([]string, 0, len(notes))
+	for _, n := range notes {
+		id, pending := strings.CutSuffix(n.name, pendingSuffix)
+		if pending && len(names) > 0 && names[len(names)-1] == id+journalSuffix {
+			continue
+		}
+		names = append(names, n.name)
 	}
 	return names, nil
 }

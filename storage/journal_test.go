@@ -24,7 +24,7 @@ func done() error { return nil }
 // record records a push of a tag that was made.
 func record(t *testing.T, s *Store, tag string) {
 	t.Helper()
-	if err := s.Journal().Record(Change{Action: ActionPush, Repository: "a/b", Tag: tag}, done); err != nil {
+	if err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a/b", Tag: tag}, done); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -47,7 +47,7 @@ func TestJournal(t *testing.T) {
 	}
 	began := time.Now()
 	for _, c := range want {
-		if err := s.Journal().Record(c, done); err != nil {
+		if err := s.Journal().Record(t.Context(), c, done); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -58,16 +58,16 @@ func TestJournal(t *testing.T) {
 	if first := entries(t, s, 1); len(first) != 1 || first[0].ID != got[0].ID {
 		t.Errorf("first entry is %v", first)
 	}
-	if n, oldest, err := s.Journal().Backlog(); n != 3 || err != nil || oldest.Before(began.Add(-time.Second)) || oldest.After(time.Now()) {
+	if n, oldest, err := s.Journal().Backlog(t.Context()); n != 3 || err != nil || oldest.Before(began.Add(-time.Second)) || oldest.After(time.Now()) {
 		t.Errorf("backlog %d since %v, %v", n, oldest, err)
 	}
-	if err := s.Journal().Done(got[0].ID, got[2].ID, got[2].ID); err != nil {
+	if err := s.Journal().Done(t.Context(), got[0].ID, got[2].ID, got[2].ID); err != nil {
 		t.Error(err)
 	}
 	if left := entries(t, s, 0); len(left) != 1 || left[0].ID != got[1].ID {
 		t.Errorf("left: %v", left)
 	}
-	if err := s.Journal().Done("../../x"); !errors.Is(err, ErrName) {
+	if err := s.Journal().Done(t.Context(), "../../x"); !errors.Is(err, ErrName) {
 		t.Errorf("Done of what is no id: %v", err)
 	}
 }
@@ -75,13 +75,13 @@ func TestJournal(t *testing.T) {
 func TestJournalLeavesOutWhatFailed(t *testing.T) {
 	s := open(t, t.TempDir())
 	boom := errors.New("boom")
-	if err := s.Journal().Record(Change{Action: ActionPush, Repository: "a"}, func() error { return boom }); !errors.Is(err, boom) {
+	if err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { return boom }); !errors.Is(err, boom) {
 		t.Errorf("error %v", err)
 	}
 	if left := entries(t, s, 0); len(left) != 0 {
 		t.Errorf("journal has %v", left)
 	}
-	if n, _, _ := s.Journal().Backlog(); n != 0 {
+	if n, _, _ := s.Journal().Backlog(t.Context()); n != 0 {
 		t.Errorf("%d files left", n)
 	}
 }
@@ -90,7 +90,7 @@ func TestJournalLeavesOutWhatFailed(t *testing.T) {
 // and take it for done; if its process died, it must be.
 func TestJournalHidesAndFindsPending(t *testing.T) {
 	s := open(t, t.TempDir())
-	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a"}, func() error {
+	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error {
 		if e := entries(t, s, 0); len(e) != 0 {
 			t.Errorf("seen while it is being made: %v", e)
 		}
@@ -99,28 +99,28 @@ func TestJournalHidesAndFindsPending(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := s.Journal().begin(Change{Action: ActionPush, Repository: "dead"})
+	id, _, err := s.Journal().begin(t.Context(), Change{Action: ActionPush, Repository: "dead"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	old := fmt.Sprintf("%020d-%s", time.Now().Add(-settleTime).UnixNano(), id[21:])
-	if err := os.Rename(filepath.Join(s.journal.dir, id+pendingSuffix), filepath.Join(s.journal.dir, old+pendingSuffix)); err != nil {
+	if err := os.Rename(filepath.Join(filepath.Join(s.root, journalDir), id+pendingSuffix), filepath.Join(filepath.Join(s.root, journalDir), old+pendingSuffix)); err != nil {
 		t.Fatal(err)
 	}
 	got := entries(t, s, 0)
 	if len(got) != 2 || got[0].Repository != "dead" {
 		t.Fatalf("entries %v", got)
 	}
-	if err := s.Journal().Done(old); err != nil || len(entries(t, s, 0)) != 1 {
+	if err := s.Journal().Done(t.Context(), old); err != nil || len(entries(t, s, 0)) != 1 {
 		t.Errorf("Done: %v", err)
 	}
 }
 
 func TestJournalOutlivesBeingTakenForDead(t *testing.T) {
 	s := open(t, t.TempDir())
-	err := s.Journal().Record(Change{Action: ActionPush, Repository: "slow"}, func() error {
-		names, _ := s.Journal().names()
-		return s.Journal().Done(strings.TrimSuffix(names[0], pendingSuffix))
+	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "slow"}, func() error {
+		names, _ := s.Journal().names(t.Context())
+		return s.Journal().Done(t.Context(), strings.TrimSuffix(names[0], pendingSuffix))
 	})
 	if err != nil || len(entries(t, s, 0)) != 1 {
 		t.Errorf("entries %v, %v", entries(t, s, 0), err)
@@ -133,11 +133,11 @@ func TestJournalIsBounded(t *testing.T) {
 	for i := range 3 {
 		record(t, s, fmt.Sprint(i))
 	}
-	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
+	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
 	if !errors.Is(err, ErrJournalFull) {
 		t.Errorf("error %v", err)
 	}
-	if err := s.Journal().Done(entries(t, s, 1)[0].ID); err != nil {
+	if err := s.Journal().Done(t.Context(), entries(t, s, 1)[0].ID); err != nil {
 		t.Fatal(err)
 	}
 	record(t, s, "again")
@@ -145,10 +145,11 @@ func TestJournalIsBounded(t *testing.T) {
 
 func TestJournalThatCannotBeWrittenRefuses(t *testing.T) {
 	s := open(t, t.TempDir())
-	if err := os.RemoveAll(s.journal.dir); err != nil {
+	dir := filepath.Join(s.root, journalDir)
+	if err := errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o644)); err != nil {
 		t.Fatal(err)
 	}
-	err := s.Journal().Record(Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
+	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
 	if err == nil {
 		t.Error("no error")
 	}
@@ -158,7 +159,7 @@ func TestJournalSetsDamageAside(t *testing.T) {
 	s := open(t, t.TempDir())
 	record(t, s, "1")
 	name := fmt.Sprintf("%020d-%012x.json", 1, 1)
-	if err := os.WriteFile(filepath.Join(s.journal.dir, name), []byte(`{"repository":"../x"}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(filepath.Join(s.root, journalDir), name), []byte(`{"repository":"../x"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if got := entries(t, s, 0); len(got) != 1 || got[0].Tag != "1" {
@@ -201,7 +202,7 @@ func TestJournalOfSeveralReplicas(t *testing.T) {
 				t.Fatalf("entry %q where %d was next", e.Tag, next[replica])
 			}
 			next[replica]++
-			if err := reader.Journal().Done(e.ID); err != nil {
+			if err := reader.Journal().Done(t.Context(), e.ID); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -224,7 +225,7 @@ func recordUntilKilled(root string) {
 	}
 	for i := 0; ; i++ {
 		tag := fmt.Sprint(i)
-		err := s.Journal().Record(Change{Action: ActionPush, Repository: "a", Tag: tag}, done)
+		err := s.Journal().Record(ctx, Change{Action: ActionPush, Repository: "a", Tag: tag}, done)
 		if err != nil {
 			fmt.Println("error", err)
 			return

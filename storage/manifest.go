@@ -5,9 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -22,33 +20,36 @@ const (
 // repository. It must not be changed. The error is fs.ErrNotExist when it does
 // not, or is larger than any manifest, and otherwise as OpenBlob's.
 //
-// Small ones are remembered, and believed for as long as the file is the one that
-// they were read from and bears its seal, which one stat tells. So what another
+// Small ones are remembered, and believed for as long as what is stored is the
+// version that they were read from, with its seal, which one stat tells; at once,
+// where nothing can change behind a seal. So what another
 // replica deletes or finds corrupt is not served from memory.
 func (r Repository) Manifest(ctx context.Context, d digest.Digest) ([]byte, error) {
 	if !validDigest(d) {
 		return nil, fmt.Errorf("digest %q: %w", d, digest.ErrDigestInvalidFormat)
 	}
-	target, err := r.store.follow(linkPath(r.path+"/_manifests/revisions/", d), d)
+	target, err := r.store.followToRead(ctx, linkPath(r.path+"/_manifests/revisions/", d), d)
 	if err != nil {
 		return nil, err
 	}
-	if content, ok := r.store.manifests.get(target, r.store.path(blobPath(target))); ok {
+	if content, ok := r.store.manifests.get(ctx, r.store.medium, target); ok {
 		return content, nil
 	}
-	f, fi, err := r.store.OpenBlob(ctx, target)
+	f, err := r.store.OpenBlob(ctx, target)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	if fi.Size() > maxManifest {
-		return nil, fmt.Errorf("%s is no manifest: it has %d bytes: %w", d, fi.Size(), fs.ErrNotExist)
+	if f.Size > maxManifest {
+		return nil, fmt.Errorf("%s is no manifest: it has %d bytes: %w", d, f.Size, fs.ErrNotExist)
 	}
-	content := make([]byte, fi.Size())
+	content := make([]byte, f.Size)
 	if _, err := io.ReadFull(f, content); err != nil {
 		return nil, fmt.Errorf("reading manifest %s: %w", d, err)
 	}
-	r.store.manifests.put(target, f, content)
+	if f.sealed {
+		r.store.manifests.put(target, f.version, content)
+	}
 	return content, nil
 }
 
@@ -61,35 +62,36 @@ type manifestCache struct {
 
 type remembered struct {
 	content []byte
-	file    fileID
-	seal    time.Time
+	version version // sealed
 }
 
 func newManifestCache() *manifestCache {
 	return &manifestCache{entries: make(map[digest.Digest]remembered)}
 }
 
-func (c *manifestCache) get(d digest.Digest, path string) ([]byte, bool) {
+func (c *manifestCache) get(ctx context.Context, medium blobs, d digest.Digest) ([]byte, bool) {
 	c.mu.RLock()
 	e, ok := c.entries[d]
 	c.mu.RUnlock()
 	if !ok {
 		return nil, false
 	}
-	modified, size, file, err := statID(path)
-	if err != nil || file != e.file || size != int64(len(e.content)) || !modified.Equal(e.seal) {
+	if e.version.final {
+		return e.content, true
+	}
+	size, version, err := medium.statBlob(ctx, d)
+	if err != nil || version != e.version || size != int64(len(e.content)) {
 		return nil, false
 	}
 	return e.content, true
 }
 
-// put remembers what was read from f, if that is sealed.
-func (c *manifestCache) put(d digest.Digest, f *os.File, content []byte) {
-	fi, err := f.Stat()
-	if err != nil || !Sealed(fi, d) || len(content) > maxRememberedEach {
+// put remembers what was read of a sealed version.
+func (c *manifestCache) put(d digest.Digest, v version, content []byte) {
+	if len(content) > maxRememberedEach {
 		return
 	}
-	e := remembered{content: content, file: idOf(fi), seal: fi.ModTime()}
+	e := remembered{content: content, version: v}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.bytes += len(content) - len(c.entries[d].content)

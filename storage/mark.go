@@ -5,26 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
-	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// link is one by which a repository holds a layer or a manifest.
-type link struct {
-	name   digest.Digest
-	dir    string // driver path of the directory that holds it
-	target digest.Digest
-	used   time.Time
-	// condemned is when it went to limbo; the zero time when it is in the tree.
-	condemned time.Time
-}
-
-// contents is what a repository holds, in the tree and in limbo.
+// contents is what a repository holds, condemned or not.
 type contents struct {
 	repo      Repository
 	tags      map[string]digest.Digest
@@ -35,78 +22,25 @@ type contents struct {
 
 // contents reads what a repository holds. Tags come first: a manifest that is
 // tagged behind its back has been used, and its link tells.
-func (s *Store) contents(r Repository) (contents, error) {
+func (s *Store) contents(ctx context.Context, r Repository) (contents, error) {
 	c := contents{repo: r, tags: make(map[string]digest.Digest)}
-	names, _, err := r.Tags("", -1)
+	names, _, err := r.Tags(ctx, "", -1)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return c, err
 	}
 	for _, tag := range names {
-		d, err := r.Tag(tag)
+		d, err := r.Tag(ctx, tag)
 		if err == nil {
 			c.tags[tag] = d
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return c, err
 		}
 	}
-	if c.revisions, err = s.links(r.path + "/_manifests/revisions"); err != nil {
+	if c.revisions, err = s.medium.links(ctx, r.path+"/_manifests/revisions"); err != nil {
 		return c, err
 	}
-	c.layers, err = s.links(r.path + "/_layers")
+	c.layers, err = s.medium.links(ctx, r.path+"/_layers")
 	return c, err
-}
-
-// links reads a directory of links, and what of it is in limbo.
-func (s *Store) links(dir string) ([]link, error) {
-	var links []link
-	for _, limbo := range []bool{true, false} { // what comes back meanwhile is seen twice rather than never
-		root := s.path(dir)
-		if limbo {
-			root = s.limboPath(dir)
-		}
-		err := eachDir(root, func(alg string) error {
-			return eachDir(root+"/"+alg, func(hex string) error {
-				d := digest.Digest(alg + ":" + hex)
-				if !validDigest(d) {
-					return nil
-				}
-				l := link{name: d, dir: dir + "/" + alg + "/" + hex}
-				var err error
-				file := root + "/" + alg + "/" + hex
-				l.used, l.target, err = s.look(file+"/link", d)
-				if errors.Is(err, fs.ErrNotExist) {
-					return removeTemporary(file)
-				}
-				if limbo && err == nil {
-					l.condemned, _, err = statFile(file)
-				}
-				links = append(links, l)
-				return ignoreAbsent(err)
-			})
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	return links, nil
-}
-
-// eachDir calls visit with the name of each directory in dir, which need not
-// exist.
-func eachDir(dir string, visit func(name string) error) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return ignoreAbsent(err)
-	}
-	for _, e := range entries {
-		if !e.IsDir() {
-			continue
-		}
-		if err := visit(e.Name()); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // references are the digests that a manifest names, of whatever kind it is, and
@@ -218,7 +152,7 @@ type marker struct {
 // read finds out what a manifest refers to. What cannot be read is an error only
 // if it turns out to be kept.
 func (m *marker) read(ctx context.Context, d digest.Digest) error {
-	content, err := m.store.peek(ctx, m.revisions[d])
+	content, err := m.store.medium.peek(ctx, m.revisions[d])
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -246,45 +180,4 @@ func (m *marker) keep(d digest.Digest) {
 		m.kept[d] = true
 		todo = append(append(todo, m.refs[d]...), m.referrers[d]...)
 	}
-}
-
-// peek reads a manifest wherever it is, without bringing it back from limbo.
-func (s *Store) peek(ctx context.Context, d digest.Digest) ([]byte, error) {
-	tree, limbo := s.path(blobPath(d)), s.limboPath(blobPath(d))
-	f, fi, err := OpenVerified(ctx, tree, d)
-	for _, next := range []string{limbo, tree} { // where it may have gone meanwhile
-		if errors.Is(err, fs.ErrNotExist) {
-			f, fi, err = OpenVerified(ctx, next, d)
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if fi.Size() > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than any manifest", fi.Size())
-	}
-	return io.ReadAll(f)
-}
-
-// allRepositories returns the name of every repository of which there is
-// anything, in the tree or in limbo.
-func (s *Store) allRepositories() (map[string]bool, error) {
-	names := make(map[string]bool)
-	var walk func(root, name string) error
-	walk = func(root, name string) error {
-		return eachDir(root+name, func(entry string) error {
-			if strings.HasPrefix(entry, "_") {
-				names[name] = ValidName(name)
-				return nil
-			}
-			return walk(root, strings.TrimPrefix(name+"/"+entry, "/"))
-		})
-	}
-	for _, root := range []string{s.limboPath(repositoriesRoot), s.path(repositoriesRoot)} {
-		if err := walk(root+"/", ""); err != nil {
-			return nil, err
-		}
-	}
-	return names, nil
 }

@@ -188,6 +188,7 @@ type version struct {
 	file     fileID
 	modified int64 // nanoseconds
 	tag      string
+	final    bool // what has been verified as this cannot change behind its seal
 }
 
 // Content is stored content, open for reading. The caller closes it.
@@ -202,4 +203,12 @@ type Content struct {
 
 	version version
 	sealed  bool // it is known to be right
+}
+
+// Expect says that nothing from end on, counted from the beginning, is going to be
+// read, so that it need not be fetched. Should it be read all the same, it comes.
+func (c Content) Expect(end int64) {
+	if r, ok := c.ReadSeekCloser.(interface{ Expect(end int64) }); ok {
+		r.Expect(end)
+	}
 }

@@ -1,27 +1,28 @@
 package storage
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"iter"
-	"os"
 	"slices"
 	"strings"
 )
 
 // Repositories yields the names of the repositories that hold a manifest, or have
 // held one since garbage was last collected, sorted by component, beginning after
-// last. It reads directories as it goes; the first error ends it.
-func (s *Store) Repositories(last string) iter.Seq2[string, error] {
+// last. It reads as it goes; the first error ends it.
+func (s *Store) Repositories(ctx context.Context, last string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
-		s.walkRepositories("", last, yield)
+		s.walkRepositories(ctx, "", last, yield)
 	}
 }
 
-// walkRepositories yields the repositories below the path dir, which is empty or
-// ends in a slash. It returns false when the consumer has had enough.
-func (s *Store) walkRepositories(dir, last string, yield func(string, error) bool) bool {
-	entries, err := os.ReadDir(s.path(repositoriesRoot + dir))
+// walkRepositories yields the repository at the path dir, which is empty or ends
+// in a slash, and those below it. It returns false when the consumer has had
+// enough.
+func (s *Store) walkRepositories(ctx context.Context, dir, last string, yield func(string, error) bool) bool {
+	entries, err := s.medium.list(ctx, strings.TrimSuffix(repositoriesRoot+dir, "/"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return true // removed meanwhile
 	}
@@ -29,28 +30,24 @@ func (s *Store) walkRepositories(dir, last string, yield func(string, error) boo
 		yield("", err)
 		return false
 	}
+	name := strings.TrimSuffix(dir, "/")
+	if name != "" && compareNames(name, last) > 0 && slices.Contains(entries, entry{"_manifests", true}) && !yield(name, nil) {
+		return false
+	}
 	for _, e := range entries {
-		name := dir + e.Name()
-		if !e.IsDir() || !ValidName(name) {
+		name := dir + e.name
+		if !e.folder || !ValidName(name) {
 			continue
 		}
 		inside := strings.HasPrefix(last, name+"/")
 		if !inside && compareNames(name, last) < 0 {
 			continue // everything below sorts before last, too
 		}
-		if compareNames(name, last) > 0 && s.isRepository(name) && !yield(name, nil) {
-			return false
-		}
-		if !s.walkRepositories(name+"/", last, yield) {
+		if !s.walkRepositories(ctx, name+"/", last, yield) {
 			return false
 		}
 	}
 	return true
-}
-
-func (s *Store) isRepository(name string) bool {
-	fi, err := os.Stat(s.path(repositoriesRoot + name + "/_manifests"))
-	return err == nil && fi.IsDir()
 }
 
 // compareNames orders names by component, which is the order in which a walk of

@@ -47,7 +47,8 @@ func StoreOf(d storagedriver.StorageDriver) *Store {
 // recorded with a checksum of what is there of it, so that bytes which a power
 // failure took are found missing then and not when all the rest has come.
 //
-// It takes no more space than the content itself, which is renamed into place.
+// It lies in a directory, and takes no more space than the content itself, which is
+// renamed into place there.
 type Partial struct {
 	store  *Store
 	digest digest.Digest
@@ -98,6 +99,9 @@ func (s *Store) OpenPartial(d digest.Digest, size, chunk int64) (*Partial, error
 	if size < 0 || chunk < 1 {
 		return nil, fmt.Errorf("content %s of %d bytes in chunks of %d", d, size, chunk)
 	}
+	if s.root == "" {
+		return nil, fmt.Errorf("content %s: a directory is needed to receive it in", d)
+	}
 	chunk = max(chunk, size/maxChunks+1)
 	data, err := s.lockPartial(d)
 	if err != nil {
@@ -129,6 +133,11 @@ func (s *Store) lockPartial(d digest.Digest) (*os.File, error) {
 	path := s.partialPath(d)
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
+		if errors.Is(err, fs.ErrNotExist) { // Root may be lost while content is elsewhere
+			if err = os.MkdirAll(filepath.Dir(path), 0o777); err == nil {
+				f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
+			}
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -357,20 +366,10 @@ func (p *Partial) Commit(ctx context.Context) error {
 	if actual := digest.NewDigest(p.digest.Algorithm(), p.hash); actual != p.digest {
 		return fmt.Errorf("%w: expected %s, got %s", ErrCorrupt, p.digest, actual)
 	}
-	if err := Seal(p.data, p.digest); err != nil {
+	if err := p.store.medium.takeBlob(ctx, p.digest, p.data); err != nil {
 		return err
 	}
-	path := p.store.path(blobPath(p.digest))
-	if err := mkdirDurable(filepath.Dir(path)); err != nil {
-		return err
-	}
-	if err := os.Rename(p.data.Name(), path); err != nil {
-		return err
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		return err
-	}
-	p.store.usage.add("", p.size)
+	p.store.usage.add(ctx, "", p.size)
 	os.Remove(p.state.Name()) // without its data it says nothing
 	return p.Close()
 }
@@ -407,8 +406,11 @@ func (p *Partial) Close() error {
 // RemovePartials throws away what was begun and nobody has open. It returns how
 // many bytes that frees.
 func (s *Store) RemovePartials() (freed int64, err error) {
-	dir := filepath.Join(s.root, partialDir)
-	entries, err := os.ReadDir(dir)
+	if s.root == "" {
+		return 0, nil
+	}
+	entries, err := os.ReadDir(filepath.Join(s.root, partialDir))
+	err = ignoreAbsent(err)
 	for _, e := range entries {
 		name, _ := strings.CutSuffix(e.Name(), stateSuffix)
 		algorithm, hex, _ := strings.Cut(name, "-")

@@ -44,12 +44,12 @@ func fill(p *Partial, content []byte, chunk, piece int) error {
 
 func readBlob(t testing.TB, s *Store, d digest.Digest) []byte {
 	t.Helper()
-	f, fi, err := s.OpenBlob(t.Context(), d)
+	f, err := s.OpenBlob(t.Context(), d)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if !Sealed(fi, d) {
+	if !f.sealed {
 		t.Error("the blob is not sealed")
 	}
 	got, err := io.ReadAll(f)
@@ -205,7 +205,7 @@ func TestPartialRefuses(t *testing.T) {
 	if err := p.Commit(t.Context()); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("wrong bytes were taken: %v", err)
 	}
-	if _, _, err := s.OpenBlob(t.Context(), d); err == nil {
+	if _, err := s.OpenBlob(t.Context(), d); err == nil {
 		t.Error("wrong bytes are served")
 	}
 	if err := p.Close(); err != nil {

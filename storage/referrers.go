@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"iter"
-	"os"
 	"slices"
 	"strings"
 
@@ -33,10 +32,10 @@ const maxManifest = 4 << 20
 // Referrers yields the descriptors of the manifests in the repository that name
 // subject as theirs, sorted by digest, beginning after last. The subject need
 // not be there. It reads as it goes; the first error ends it.
-func (r Repository) Referrers(subject, last digest.Digest) iter.Seq2[v1.Descriptor, error] {
+func (r Repository) Referrers(ctx context.Context, subject, last digest.Digest) iter.Seq2[v1.Descriptor, error] {
 	return func(yield func(v1.Descriptor, error) bool) {
 		dir := r.referrersDir(subject)
-		entries, err := os.ReadDir(r.store.path(dir))
+		entries, err := r.store.medium.list(ctx, dir)
 		if errors.Is(err, fs.ErrNotExist) {
 			return
 		}
@@ -45,11 +44,11 @@ func (r Repository) Referrers(subject, last digest.Digest) iter.Seq2[v1.Descript
 			return
 		}
 		for _, e := range entries {
-			d, ok := parseEntryDigest(e.Name())
+			d, ok := parseEntryDigest(e.name)
 			if d <= last || !ok {
 				continue
 			}
-			desc, err := r.referrer(dir, d)
+			desc, err := r.referrer(ctx, dir, d)
 			if errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
@@ -61,11 +60,11 @@ func (r Repository) Referrers(subject, last digest.Digest) iter.Seq2[v1.Descript
 }
 
 // referrer reads an entry. The error is fs.ErrNotExist when it does not count.
-func (r Repository) referrer(dir string, d digest.Digest) (v1.Descriptor, error) {
-	if _, err := r.store.readLink(linkPath(r.path+"/_manifests/revisions/", d)); err != nil {
+func (r Repository) referrer(ctx context.Context, dir string, d digest.Digest) (v1.Descriptor, error) {
+	if _, err := r.store.medium.readLink(ctx, linkPath(r.path+"/_manifests/revisions/", d)); err != nil {
 		return v1.Descriptor{}, err
 	}
-	content, err := os.ReadFile(r.store.path(dir + "/" + entryName(d)))
+	content, err := r.store.medium.readFile(ctx, dir+"/"+entryName(d))
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
@@ -100,13 +99,13 @@ func (r Repository) indexReferrer(ctx context.Context, d digest.Digest, content 
 	if err != nil {
 		return fmt.Errorf("listing %s as a referrer of %s: %w", d, subject, err)
 	}
-	return r.store.driver.putFile(ctx, r.referrersDir(subject)+"/"+entryName(d), entry)
+	return r.store.medium.putFile(ctx, r.referrersDir(subject)+"/"+entryName(d), entry)
 }
 
 // forgetReferrer undoes indexReferrer. Left undone, it would do no harm.
-func (r Repository) forgetReferrer(d digest.Digest, content []byte) {
+func (r Repository) forgetReferrer(ctx context.Context, d digest.Digest, content []byte) {
 	if subject, _, ok := describe(d, content); ok {
-		os.Remove(r.store.path(r.referrersDir(subject) + "/" + entryName(d)))
+		_ = r.store.medium.remove(ctx, r.referrersDir(subject)+"/"+entryName(d))
 	}
 }
 
@@ -164,7 +163,7 @@ func (s *Store) parseRevisionPath(path string) (r Repository, d digest.Digest, o
 // readManifest returns the content of the manifest d if it is stored and of a
 // manifest's size, and else nil.
 func (s *Store) readManifest(ctx context.Context, d digest.Digest) ([]byte, error) {
-	f, fi, err := s.OpenBlob(ctx, d)
+	f, err := s.OpenBlob(ctx, d)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -172,7 +171,7 @@ func (s *Store) readManifest(ctx context.Context, d digest.Digest) ([]byte, erro
 		return nil, err
 	}
 	defer f.Close()
-	if fi.Size() > maxManifest {
+	if f.Size > maxManifest {
 		return nil, nil
 	}
 	return io.ReadAll(f)

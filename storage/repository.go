@@ -5,15 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 )
 
 // ErrName is wrapped by the error for a repository name or tag outside the
@@ -49,62 +46,62 @@ func (r Repository) Name() string { return r.name }
 
 // Tag returns the digest of the manifest that tag names. The error is
 // fs.ErrNotExist when there is no such tag, ErrName when there cannot be one.
-func (r Repository) Tag(tag string) (digest.Digest, error) {
+func (r Repository) Tag(ctx context.Context, tag string) (digest.Digest, error) {
 	if !ValidTag(tag) {
 		return "", fmt.Errorf("tag %q: %w", tag, ErrName)
 	}
-	return r.store.readLink(r.tagLink(tag))
+	return r.store.medium.readLink(ctx, r.tagLink(tag))
 }
 
 // Tags returns up to n tags in byte order, beginning after last; n < 0 means
 // all. more reports whether others follow. The error is fs.ErrNotExist when the
 // repository has never held a tag.
-func (r Repository) Tags(last string, n int) (tags []string, more bool, err error) {
-	entries, err := os.ReadDir(r.store.path(r.path + "/_manifests/tags"))
+func (r Repository) Tags(ctx context.Context, last string, n int) (tags []string, more bool, err error) {
+	entries, err := r.store.medium.list(ctx, r.path+"/_manifests/tags")
 	if err != nil {
 		return nil, false, err
 	}
-	first, found := slices.BinarySearchFunc(entries, last, func(e fs.DirEntry, last string) int {
-		return strings.Compare(e.Name(), last)
+	first, found := slices.BinarySearchFunc(entries, last, func(e entry, last string) int {
+		return strings.Compare(e.name, last)
 	})
 	if found {
 		first++
 	}
 	tags = []string{}
 	for _, e := range entries[first:] {
-		if !ValidTag(e.Name()) {
+		if !e.folder || !ValidTag(e.name) {
 			continue
 		}
 		if n >= 0 && len(tags) == n {
 			return tags, true, nil
 		}
-		tags = append(tags, e.Name())
+		tags = append(tags, e.name)
 	}
 	return tags, false, nil
 }
 
 // OpenManifest opens the manifest d when it belongs to this repository. The
 // error is fs.ErrNotExist when it does not, and otherwise as OpenBlob's.
-func (r Repository) OpenManifest(ctx context.Context, d digest.Digest) (*os.File, fs.FileInfo, error) {
+func (r Repository) OpenManifest(ctx context.Context, d digest.Digest) (Content, error) {
 	return r.open(ctx, r.path+"/_manifests/revisions/", d)
 }
 
 // OpenLayer opens the blob d when it belongs to this repository. The error is
 // fs.ErrNotExist when it does not, and otherwise as OpenBlob's.
-func (r Repository) OpenLayer(ctx context.Context, d digest.Digest) (*os.File, fs.FileInfo, error) {
+func (r Repository) OpenLayer(ctx context.Context, d digest.Digest) (Content, error) {
 	return r.open(ctx, r.path+"/_layers/", d)
 }
 
 // open follows the link that grants the repository the content. The link may
 // name the content by another algorithm than the one asked for: distribution
 // files an upload under its sha256 whatever digest the client gave.
-func (r Repository) open(ctx context.Context, links string, d digest.Digest) (*os.File, fs.FileInfo, error) {
+func (r Repository) open(ctx context.Context, links string, d digest.Digest) (Content, error) {
 	if !validDigest(d) {
-		return nil, nil, fmt.Errorf("digest %q: %w", d, digest.ErrDigestInvalidFormat)
+		return Content{}, fmt.Errorf("digest %q: %w", d, digest.ErrDigestInvalidFormat)
 	}
-	target, err := r.store.follow(linkPath(links, d), d)
+	target, err := r.store.followToRead(ctx, linkPath(links, d), d)
 	if err != nil {
-		return nil, nil, err
+		return Content{}, err
 	}
 	return r.store.OpenBlob(ctx, target)
 }
@@ -160,20 +157,20 @@ func (r Repository) CreateTag(ctx context.Context, tag string, d digest.Digest) 
 	if err := r.link(ctx, linkPath(r.path+"/_manifests/tags/"+tag+"/index/", d), d); err != nil {
 		return err
 	}
-	file := r.store.path(r.tagLink(tag))
+	file := r.tagLink(tag)
 	for range 10 {
-		err := r.store.create(file, []byte(d))
+		err := r.store.medium.createFile(ctx, file, []byte(d))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // somebody took the directory away
 		}
 		if !errors.Is(err, fs.ErrExist) {
 			return err
 		}
-		now, err := r.Tag(tag)
+		now, err := r.Tag(ctx, tag)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			// Deleted in between, or damaged: then it is as good as absent.
-			if err := ignoreAbsent(os.Remove(file)); err != nil {
+			if err := ignoreAbsent(r.store.medium.remove(ctx, file)); err != nil {
 				return err
 			}
 		case err != nil:
@@ -204,17 +201,37 @@ func (r Repository) putRevision(ctx context.Context, revision string, d digest.D
 }
 
 // UseManifest tells the collector that the manifest d, which need not be there,
-// is about to be relied on. [Repository.OpenManifest] does so, too.
-func (r Repository) UseManifest(d digest.Digest) {
-	if d.Validate() == nil {
-		_, _ = r.store.follow(linkPath(r.path+"/_manifests/revisions/", d), d)
+// is about to be relied on. The error says that this cannot be told.
+func (r Repository) UseManifest(ctx context.Context, d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", d, err)
 	}
+	_, err := r.store.follow(ctx, linkPath(r.path+"/_manifests/revisions/", d), d)
+	return ignoreAbsent(err)
+}
+
+// UseLayer tells the collector that the blob d is about to be relied on, and
+// returns its size in bytes. The error is fs.ErrNotExist when it is not part of
+// the repository, and otherwise as OpenBlob's.
+func (r Repository) UseLayer(ctx context.Context, d digest.Digest) (size int64, err error) {
+	if !validDigest(d) {
+		return 0, fmt.Errorf("digest %q: %w", d, digest.ErrDigestInvalidFormat)
+	}
+	target, err := r.store.follow(ctx, linkPath(r.path+"/_layers/", d), d)
+	if err != nil {
+		return 0, err
+	}
+	c, err := r.store.OpenBlob(ctx, target)
+	if err != nil {
+		return 0, err
+	}
+	return c.Size, c.Close()
 }
 
 // LinkLayer makes the blob d, which must be stored, part of the repository. The
 // error is fs.ErrNotExist when it is not stored.
 func (r Repository) LinkLayer(ctx context.Context, d digest.Digest) error {
-	f, _, err := r.store.OpenBlob(ctx, d)
+	f, err := r.store.OpenBlob(ctx, d)
 	if err != nil {
 		return err
 	}
@@ -228,7 +245,7 @@ func (r Repository) MountLayer(ctx context.Context, from Repository, d digest.Di
 	if err := d.Validate(); err != nil {
 		return fmt.Errorf("digest %q: %w", d, err)
 	}
-	target, err := r.store.follow(linkPath(from.path+"/_layers/", d), d)
+	target, err := r.store.follow(ctx, linkPath(from.path+"/_layers/", d), d)
 	if err != nil {
 		return err
 	}
@@ -240,18 +257,18 @@ func (r Repository) MountLayer(ctx context.Context, from Repository, d digest.Di
 
 // HasLayer reports whether the blob d is part of the repository. It does not
 // look at the blob.
-func (r Repository) HasLayer(d digest.Digest) bool {
+func (r Repository) HasLayer(ctx context.Context, d digest.Digest) bool {
 	if d.Validate() != nil {
 		return false
 	}
-	_, err := r.store.readLink(linkPath(r.path+"/_layers/", d))
+	_, err := r.store.medium.readLink(ctx, linkPath(r.path+"/_layers/", d))
 	return err == nil
 }
 
 // DeleteTag removes a tag. The manifest stays. The error is fs.ErrNotExist when
 // there is no such tag.
 func (r Repository) DeleteTag(ctx context.Context, tag string) error {
-	if _, err := r.Tag(tag); err != nil {
+	if _, err := r.Tag(ctx, tag); err != nil {
 		return err
 	}
 	return r.delete(ctx, r.path+"/_manifests/tags/"+tag)
@@ -264,7 +281,7 @@ func (r Repository) DeleteManifest(ctx context.Context, d digest.Digest) error {
 	if err := r.unlink(ctx, r.path+"/_manifests/revisions/", d); err != nil {
 		return err
 	}
-	tags, err := r.tagsOf(d)
+	tags, err := r.tagsOf(ctx, d)
 	if err != nil {
 		return err
 	}
@@ -296,41 +313,34 @@ func (r Repository) DeleteRepository(ctx context.Context) error {
 	// Layers first: a push that goes on meanwhile looks for them when it has
 	// linked its manifest, and is not acknowledged without.
 	for _, dir := range []string{"/_layers", "/_manifests", "/_referrers", "/_uploads"} {
-		for _, file := range []string{r.store.path(r.path + dir), r.store.limboPath(r.path + dir)} {
-			err := r.store.discard(file)
-			if ignoreAbsent(err) != nil {
-				return err
-			}
-			found = found || err == nil
+		err := r.store.medium.remove(ctx, r.path+dir)
+		if ignoreAbsent(err) != nil {
+			return err
 		}
+		found = found || err == nil
 	}
 	if !found {
 		return &fs.PathError{Op: "delete", Path: r.path, Err: fs.ErrNotExist}
 	}
-	r.store.usage.add(r.name, -used)
-	dir := r.store.path(r.path)
-	if err := ignoreAbsent(syncDir(dir)); err != nil {
-		return err
-	}
-	os.Remove(dir) // unless there are others below it
-	return ignoreAbsent(syncDir(filepath.Dir(dir)))
+	r.store.usage.add(ctx, r.name, -used)
+	return r.store.medium.prune(ctx, r.path, false)
 }
 
 // DeleteUpload throws away what an unfinished upload has stored. id must not
 // come from outside unchecked; deleting what is not there is no error.
-func (r Repository) DeleteUpload(id string) error {
-	return os.RemoveAll(r.store.path(r.path + "/_uploads/" + filepath.Base(id)))
+func (r Repository) DeleteUpload(ctx context.Context, id string) error {
+	return r.store.medium.removeUpload(ctx, r.path+"/_uploads/"+path.Base(id))
 }
 
 // tagsOf returns the tags that name d.
-func (r Repository) tagsOf(d digest.Digest) ([]string, error) {
-	all, _, err := r.Tags("", -1)
+func (r Repository) tagsOf(ctx context.Context, d digest.Digest) ([]string, error) {
+	all, _, err := r.Tags(ctx, "", -1)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	var tags []string
 	for _, tag := range all {
-		target, err := r.Tag(tag)
+		target, err := r.Tag(ctx, tag)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
@@ -348,11 +358,11 @@ func (r Repository) tagLink(tag string) string {
 // link writes a link file unless it is there already.
 func (r Repository) link(ctx context.Context, path string, target digest.Digest) error {
 	if d, ok := isLink(path); ok {
-		if now, err := r.store.follow(path, d); err == nil && now == target {
-			_, err := r.store.require(target)
+		if now, err := r.store.follow(ctx, path, d); err == nil && now == target {
+			_, err := r.store.require(ctx, target)
 			return err
 		}
-	} else if now, err := r.store.readLink(path); err == nil && now == target {
+	} else if now, err := r.store.medium.readLink(ctx, path); err == nil && now == target {
 		return nil
 	}
 	return r.store.driver.PutContent(ctx, path, []byte(target))
@@ -363,7 +373,7 @@ func (r Repository) unlink(ctx context.Context, links string, d digest.Digest) e
 		return fmt.Errorf("digest %q: %w", d, err)
 	}
 	link := linkPath(links, d)
-	if _, err := r.store.follow(link, d); err != nil {
+	if _, err := r.store.follow(ctx, link, d); err != nil {
 		return err
 	}
 	return r.delete(ctx, path.Dir(link))
@@ -378,46 +388,4 @@ func (r Repository) delete(ctx context.Context, driverPath string) error {
 		return &fs.PathError{Op: "delete", Path: driverPath, Err: fs.ErrNotExist}
 	}
 	return err
-}
-
-// linkPath is the driver path of the link to d in a directory of links.
-func linkPath(links string, d digest.Digest) string {
-	return links + d.Algorithm().String() + "/" + d.Encoded() + "/link"
-}
-
-// readLink reads the digest in a link file. One that does not hold a digest, as
-// after a power failure on a file system that does not order writes, is as good
-// as absent.
-func (s *Store) readLink(driverPath string) (digest.Digest, error) {
-	return readLinkFile(s.path(driverPath))
-}
-
-// readLinkFile does without os.File, which would have the poller look after a
-// file of a few bytes.
-func readLinkFile(file string) (digest.Digest, error) {
-	fd, err := retried(func() (int, error) { return unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
-	if err != nil {
-		return "", &fs.PathError{Op: "open", Path: file, Err: err}
-	}
-	defer func() { _ = unix.Close(fd) }() // it was only read
-	var buf [256]byte                     // the longest digest, sha512, has 135
-	n, err := retried(func() (int, error) { return unix.Read(fd, buf[:]) })
-	if err != nil {
-		return "", &fs.PathError{Op: "read", Path: file, Err: err}
-	}
-	d := digest.Digest(buf[:n])
-	if n == 0 || !validDigest(d) {
-		return "", &fs.PathError{Op: "readlink", Path: file, Err: fs.ErrNotExist}
-	}
-	return d, nil
-}
-
-// retried makes a system call again that a signal interrupted.
-func retried(call func() (int, error)) (int, error) {
-	for {
-		n, err := call()
-		if err != unix.EINTR { //nolint:errorlint // an errno as it comes
-			return n, err
-		}
-	}
 }

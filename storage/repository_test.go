@@ -38,18 +38,18 @@ func TestPutManifest(t *testing.T) {
 			}
 		}
 		for _, tag := range tags {
-			if got, err := r.Tag(tag); err != nil || got != d {
+			if got, err := r.Tag(t.Context(), tag); err != nil || got != d {
 				t.Errorf("tag %s: %s, %v", tag, got, err)
 			}
 		}
-		f, fi, err := r.OpenManifest(t.Context(), d)
+		f, err := r.OpenManifest(t.Context(), d)
 		if err != nil {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(f)
 		f.Close()
-		if err != nil || string(got) != string(content) || !Sealed(fi, d) {
-			t.Errorf("%s: %q, sealed %v, %v", d, got, Sealed(fi, d), err)
+		if err != nil || string(got) != string(content) || !f.sealed {
+			t.Errorf("%s: %q, sealed %v, %v", d, got, f.sealed, err)
 		}
 	}
 }
@@ -84,13 +84,13 @@ func TestLinkLayer(t *testing.T) {
 	s := open(t, t.TempDir())
 	d := mustUpload(t, s, "from", []byte("blob"))
 	to := repository(t, s, "to")
-	if _, _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("before: %v", err)
 	}
 	if err := to.LinkLayer(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	f, _, err := to.OpenLayer(t.Context(), d)
+	f, err := to.OpenLayer(t.Context(), d)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,10 +101,10 @@ func TestLinkLayer(t *testing.T) {
 	if err := to.DeleteLayer(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("deleted: %v", err)
 	}
-	if _, _, err := repository(t, s, "from").OpenLayer(t.Context(), d); err != nil {
+	if _, err := repository(t, s, "from").OpenLayer(t.Context(), d); err != nil {
 		t.Errorf("in the other repository: %v", err)
 	}
 }
@@ -123,7 +123,7 @@ func TestDamagedLinkIsAbsent(t *testing.T) {
 		if err := os.WriteFile(s.path(r.tagLink("t")), []byte(damage), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := r.Tag("t"); !errors.Is(err, fs.ErrNotExist) {
+		if got, err := r.Tag(t.Context(), "t"); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q: %s, %v; want ErrNotExist", damage, got, err)
 		}
 	}
@@ -132,7 +132,7 @@ func TestDamagedLinkIsAbsent(t *testing.T) {
 func TestTags(t *testing.T) {
 	s := open(t, t.TempDir())
 	r := repository(t, s, "a")
-	if _, _, err := r.Tags("", -1); !errors.Is(err, fs.ErrNotExist) {
+	if _, _, err := r.Tags(t.Context(), "", -1); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("none yet: %v", err)
 	}
 	all := []string{"V1", "_", "v1", "v1.0", "v10", "v2"}
@@ -160,7 +160,7 @@ func TestTags(t *testing.T) {
 		{"zzz", -1, []string{}, false},
 		{"", 0, []string{}, true},
 	} {
-		got, more, err := r.Tags(test.last, test.n)
+		got, more, err := r.Tags(t.Context(), test.last, test.n)
 		if diff := cmp.Diff(test.want, got); diff != "" || more != test.more || err != nil {
 			t.Errorf("Tags(%q, %d): more %v, %v (-want +got):\n%s", test.last, test.n, more, err, diff)
 		}
@@ -179,7 +179,7 @@ func TestRepositories(t *testing.T) {
 	mustUpload(t, s, "no/manifest", []byte("blob"))
 	list := func(last string) []string {
 		var names []string
-		for name, err := range s.Repositories(last) {
+		for name, err := range s.Repositories(t.Context(), last) {
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -200,7 +200,7 @@ func TestRepositories(t *testing.T) {
 			t.Errorf("after %q: %v, want %s first", last, got, first)
 		}
 	}
-	for name := range s.Repositories("") { // a consumer may stop
+	for name := range s.Repositories(t.Context(), "") { // a consumer may stop
 		if name == "a/b" {
 			break
 		}
@@ -276,7 +276,7 @@ func TestDistributionReadsWhatIsPut(t *testing.T) {
 	if err := manifests.Delete(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := r.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := r.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after they deleted it: %v", err)
 	}
 }
@@ -288,7 +288,7 @@ func TestReferrers(t *testing.T) {
 	list := func(r Repository, last digest.Digest) []string {
 		t.Helper()
 		got := []string{}
-		for desc, err := range r.Referrers(subject, last) {
+		for desc, err := range r.Referrers(t.Context(), subject, last) {
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -375,7 +375,7 @@ func TestReferrersByWayOfDistribution(t *testing.T) {
 		t.Fatal(err)
 	}
 	count := func() (n int) {
-		for got, err := range repository(t, s, "a").Referrers(subject, "") {
+		for got, err := range repository(t, s, "a").Referrers(t.Context(), subject, "") {
 			if err != nil || got.Digest != desc.Digest {
 				t.Errorf("%v, %v", got, err)
 			}

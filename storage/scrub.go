@@ -5,9 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -33,21 +30,13 @@ type scrubState struct {
 // on, at up to rate bytes per second, until it has seen all or ctx ends.
 func (s *Store) scrub(ctx context.Context, rate int64) (Scrubbed, error) {
 	var sum Scrubbed
-	file := filepath.Join(s.root, scrubFile)
 	var state scrubState
-	if content, err := os.ReadFile(file); err == nil {
+	if content, err := s.medium.readNote(ctx, scrubFile); err == nil {
 		_ = json.Unmarshal(content, &state) // from the beginning, then
 	}
 	saved := time.Now()
 	pace := newPacer(ctx, rate)
-	c := &collection{store: s}
-	err := c.eachBlob(ctx, s.path(blobsRoot), func(d digest.Digest) error {
-		if d <= state.After { // both in the order of the directories
-			return nil
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
+	err := s.scrubAfter(ctx, state.After, func(d digest.Digest) error {
 		n, corrupt, err := s.scrubBlob(ctx, d, pace)
 		if err != nil {
 			return err
@@ -60,16 +49,16 @@ func (s *Store) scrub(ctx context.Context, rate int64) (Scrubbed, error) {
 		state.After = d
 		if time.Since(saved) > time.Minute {
 			saved = time.Now()
-			return s.putState(file, state)
+			return s.putState(ctx, scrubFile, state)
 		}
 		return nil
 	})
 	if err == nil {
 		sum.Finished = true
-		return sum, ignoreAbsent(os.Remove(file))
+		return sum, s.medium.removeNote(ctx, scrubFile)
 	}
 	if state.After != "" {
-		err = errors.Join(err, s.putState(file, state))
+		err = errors.Join(err, s.putState(context.WithoutCancel(ctx), scrubFile, state))
 	}
 	if ctx.Err() == nil {
 		return sum, fmt.Errorf("scrubbing: %w", err)
@@ -77,55 +66,45 @@ func (s *Store) scrub(ctx context.Context, rate int64) (Scrubbed, error) {
 	return sum, nil // its time is up; it goes on next time
 }
 
+// scrubAfter visits the blobs that come after one.
+func (s *Store) scrubAfter(ctx context.Context, after digest.Digest, visit func(d digest.Digest) error) error {
+	for b, err := range s.medium.blobs(ctx, false) {
+		if err == nil && (b.digest <= after || !b.condemned.IsZero()) {
+			continue
+		}
+		if err == nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		if err == nil {
+			err = visit(b.digest)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // scrubBlob hashes one blob. What is corrupt is set aside.
 func (s *Store) scrubBlob(ctx context.Context, d digest.Digest, pace func(n int)) (size int64, corrupt bool, err error) {
-	path := s.path(blobPath(d))
-	if err := sweepTemporary(filepath.Dir(path)); err != nil {
-		return 0, false, err
+	c, err := s.medium.scrubBlob(ctx, d, pace)
+	if err == nil && c.aside != "" {
+		_ = s.setAside(ctx, d, c)
 	}
-	f, err := os.Open(path)
 	if err != nil {
 		return 0, false, ignoreAbsent(err)
 	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil || !fi.Mode().IsRegular() {
-		return 0, false, err
-	}
-	dropCache(f)
-	err = hashFile(ctx, f, d, pace)
-	switch {
-	case errors.Is(err, ErrCorrupt):
-		if err := s.quarantine(d, path, f); !errors.Is(err, fs.ErrNotExist) {
-			return 0, false, err
-		}
-		return fi.Size(), true, nil
-	case errors.Is(err, errUnstable):
-		return 0, false, nil // not at rest: it is hashed by whoever reads it
-	}
-	return fi.Size(), false, err
+	return c.size, c.aside != "", nil
 }
 
-// putState replaces a small file in one step. Losing it in a power failure costs
-// some work and nothing else.
-func (s *Store) putState(file string, v any) error {
+// putState replaces a note. Losing it in a power failure costs some work and
+// nothing else.
+func (s *Store) putState(ctx context.Context, name string, v any) error {
 	content, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(filepath.Join(s.root, usageDir), ".new-*")
-	if err != nil {
-		return err
-	}
-	_, err = tmp.Write(content)
-	err = errors.Join(err, tmp.Close())
-	if err == nil {
-		err = os.Rename(tmp.Name(), file)
-	}
-	if err != nil {
-		os.Remove(tmp.Name())
-	}
-	return err
+	return s.medium.writeNote(ctx, name, content, false)
 }
 
 // newPacer returns a function that, told of bytes that were read, waits for as

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
@@ -17,43 +16,29 @@ import (
 	dstorage "github.com/distribution/distribution/v3/registry/storage"
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/distribution/distribution/v3/registry/storage/driver/factory"
-	"github.com/distribution/distribution/v3/registry/storage/driver/filesystem"
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
+
+	"github.com/connected-registry/connected-registry/storage/bucket"
 )
 
 // DriverName is the name under which distribution's driver factory knows the
 // driver of a Store. See [Store.Parameters].
 const DriverName = "connectedregistry"
 
-// quarantineDir holds, beside the tree, what was found corrupt: one file per
-// digest, the latest, so that it cannot grow past what is stored.
-const quarantineDir = "quarantine"
-
-// trashDir takes what is deleted, so that it vanishes from the tree in one step
-// and is taken apart afterwards.
-const trashDir = "trash"
-
-// layoutDirs must exist for an empty registry to answer with empty lists
-// rather than with "not found".
-var layoutDirs = []string{
-	"docker/registry/v2/blobs",
-	"docker/registry/v2/repositories",
-	quarantineDir,
-	partialDir,
-	journalDir,
-	limboDir,
-	usageDir,
-	damagedDir,
-	trashDir,
-}
-
 // Config says where a Store lives.
 type Config struct {
 	// Root is the directory that holds the tree docker/registry/v2 and the
-	// quarantine. It is created when absent. Required. Several processes, on
-	// several machines, may share it.
+	// quarantine. It is created when absent. Required without a Bucket.
+	// Several processes, on several machines, may share it.
+	//
+	// With a Bucket it holds what is on its way into that (see Partial) and
+	// nothing else: it is made when it is first needed, belongs to this process,
+	// and may be lost at any time.
 	Root string
+	// Bucket keeps everything in an object store, which several processes may
+	// share. Nil: Root does.
+	Bucket bucket.Bucket
 	// Logger receives one line for each corrupt file and for each file that
 	// has to be hashed again. Nil discards them.
 	Logger *slog.Logger
@@ -65,11 +50,12 @@ type Stats struct {
 	Quarantined uint64 // blobs that were found corrupt and set aside
 }
 
-// Store is a content store in distribution's layout on a directory. Its methods
-// may be called concurrently.
+// Store is a content store in distribution's layout on a directory or in an object
+// store. Its methods may be called concurrently.
 type Store struct {
 	root      string
 	log       *slog.Logger
+	medium    medium
 	driver    *driver
 	namespace distribution.Namespace
 	journal   *Journal
@@ -92,60 +78,61 @@ type Store struct {
 	rehashed, quarantined atomic.Uint64
 }
 
-// Open prepares the directory and checks that it can be written to. The error
-// names the directory and the remedy. The Store holds no lock and starts no
+// Open prepares the directory, or the object store, and checks that it can be
+// written to. The error names it and the remedy. The Store holds no lock and starts no
 // goroutine until a file has to be hashed again; Close ends it.
 //
 // Open mutes logrus's standard logger for the whole process.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	if cfg.Root == "" {
-		return nil, errors.New("storage: Root is empty: name a directory for the registry's data")
-	}
 	root, err := filepath.Abs(cfg.Root)
 	if err != nil {
 		return nil, fmt.Errorf("data directory %s: %w", cfg.Root, err)
 	}
-	if err := prepare(root); err != nil {
+	if cfg.Root == "" {
+		root = ""
+	}
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	medium, err := openMedium(ctx, cfg.Bucket, root, log)
+	if err != nil {
 		return nil, err
 	}
 	muteLogrus()
 	s := &Store{
 		root:       root,
-		log:        cfg.Logger,
+		log:        log,
+		medium:     medium,
 		quit:       make(chan struct{}),
 		renewAfter: renewTime,
 		hashing:    make(chan struct{}, runtime.GOMAXPROCS(0)),
 		pending:    make(map[digest.Digest]*verification),
 	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
+	usageEvery := usageSave
+	if cfg.Bucket != nil {
+		usageEvery = usageSaveFar
 	}
-	s.journal, s.usage, s.manifests = newJournal(s), newLedger(s), newManifestCache()
-	s.driver = &driver{
-		StorageDriver: filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
-		store:         s,
-	}
+	s.journal, s.usage, s.manifests = newJournal(s), newLedger(s, usageEvery), newManifestCache()
+	s.driver = &driver{StorageDriver: medium.driver(), store: s}
 	// No descriptor cache: it would go stale when another replica deletes.
 	// No validation that an index is complete: sparse ones are legal, and a
 	// synchronised subset of the platforms is the normal case.
-	s.emptyTrash()
 	s.namespace, err = dstorage.NewRegistry(ctx, s.driver, dstorage.EnableDelete)
 	if err != nil {
-		return nil, fmt.Errorf("data directory %s: %w", root, err)
+		return nil, fmt.Errorf("opening the storage: %w", err)
 	}
 	return s, nil
 }
 
-// emptyTrash finishes deletions that a crash interrupted. Those that another
-// process has under way end no differently.
-func (s *Store) emptyTrash() {
-	trash := filepath.Join(s.root, trashDir)
-	entries, err := os.ReadDir(trash)
-	for _, e := range entries {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
-	}
-	if err != nil {
-		s.log.Warn("deleted content still takes space", "directory", trash, "error", err)
+func openMedium(ctx context.Context, b bucket.Bucket, root string, log *slog.Logger) (medium, error) {
+	switch {
+	case b != nil:
+		return nil, fmt.Errorf("storage: %s: object stores cannot be used yet", b)
+	case root != "":
+		return openDirectory(root, log)
+	default:
+		return nil, errors.New("storage: Root is empty: name a directory for the registry's data")
 	}
 }
 
@@ -157,33 +144,9 @@ var muteLogrus = sync.OnceFunc(func() {
 	logrus.SetLevel(logrus.PanicLevel)
 })
 
-// maxThreads bounds concurrent driver calls, each of which may block a thread
-// in a system call on a slow volume.
-const maxThreads = 256
-
-// prepare creates the layout and proves that a file can be written, synced and
-// removed, which a directory that merely exists does not.
-func prepare(root string) error {
-	for _, dir := range layoutDirs {
-		if err := os.MkdirAll(filepath.Join(root, dir), 0o777); err != nil {
-			return unusable(root, err)
-		}
-	}
-	probe, err := os.CreateTemp(root, ".write-test-*")
-	if err != nil {
-		return unusable(root, err)
-	}
-	_, err = probe.WriteString("connected-registry\n")
-	err = errors.Join(err, probe.Sync(), probe.Close(), os.Remove(probe.Name()))
-	if err != nil {
-		return unusable(root, err)
-	}
-	return nil
-}
-
-func unusable(root string, err error) error {
-	return fmt.Errorf("data directory %s cannot be written: %w; make it writable for user %d, free space on its volume, or choose another directory", root, err, os.Getuid())
-}
+// Ready finds out whether what is stored can be read. The error names what
+// cannot.
+func (s *Store) Ready(ctx context.Context) error { return s.medium.ready(ctx) }
 
 // Close ends the hashing that is under way and waits for it. Readers that were
 // waiting for it get an error; open files stay usable.
@@ -198,7 +161,8 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Root is the absolute path of the data directory.
+// Root is the absolute path of the data directory, or of the one that is beside
+// the object store.
 func (s *Store) Root() string { return s.root }
 
 // Stats returns the counters.
@@ -206,8 +170,8 @@ func (s *Store) Stats() Stats {
 	return Stats{Rehashed: s.rehashed.Load(), Quarantined: s.quarantined.Load()}
 }
 
-// Driver is distribution's filesystem driver with integrity and durability
-// added.
+// Driver is distribution's driver for where the Store lives, with integrity and
+// durability added.
 func (s *Store) Driver() storagedriver.StorageDriver { return s.driver }
 
 // Namespace is the registry over Driver: deletion enabled, no descriptor cache.

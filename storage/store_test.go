@@ -54,7 +54,7 @@ func upload(ctx context.Context, s *Store, name string, content []byte) (digest.
 	}
 	d := digest.FromBytes(content)
 	if _, err = w.Commit(ctx, v1.Descriptor{Digest: d}); err != nil {
-		err = errors.Join(err, Repository{store: s, path: repositoriesRoot + name}.DeleteUpload(w.ID()))
+		err = errors.Join(err, Repository{store: s, path: repositoriesRoot + name}.DeleteUpload(ctx, w.ID()))
 	}
 	return d, err
 }
@@ -194,7 +194,7 @@ func TestCorruptBlobIsSetAsideAndCanBePushedAgain(t *testing.T) {
 	if _, err := s.Driver().Reader(t.Context(), blobPath(d), 0); !errors.As(err, &absent) {
 		t.Errorf("Reader: %v, want PathNotFoundError", err)
 	}
-	if _, _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("OpenBlob: %v, want ErrNotExist", err)
 	}
 	aside := filepath.Join(s.Root(), quarantineDir, "sha256-"+d.Encoded())
@@ -258,7 +258,7 @@ func TestHashingOutlivesTheOneWhoAsked(t *testing.T) {
 	unseal(t, s, d)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := s.OpenBlob(ctx, d); !errors.Is(err, context.Canceled) {
+	if _, err := s.OpenBlob(ctx, d); !errors.Is(err, context.Canceled) {
 		t.Errorf("OpenBlob: %v, want Canceled", err)
 	}
 	s.mu.Lock()
@@ -281,7 +281,7 @@ func TestCloseEndsHashing(t *testing.T) {
 	}
 	result := make(chan error)
 	go func() {
-		_, _, err := s.OpenBlob(t.Context(), d)
+		_, err := s.OpenBlob(t.Context(), d)
 		result <- err
 	}()
 	for {
@@ -299,7 +299,7 @@ func TestCloseEndsHashing(t *testing.T) {
 	if err := <-result; !errors.Is(err, errClosed) {
 		t.Errorf("waiting reader got %v, want errClosed", err)
 	}
-	if _, _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, errClosed) {
+	if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, errClosed) {
 		t.Errorf("after Close: %v, want errClosed", err)
 	}
 	if err := s.Close(); err != nil {
@@ -326,7 +326,7 @@ func TestQuarantineSparesTheGoodCopy(t *testing.T) {
 	if err := os.WriteFile(path, content, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.quarantine(d, path, bad); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.onDisk().quarantine(d, path, bad); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("quarantine: %v", err)
 	}
 	if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || !bytes.Equal(got, content) {
@@ -340,7 +340,7 @@ func TestDirectoryInPlaceOfBlob(t *testing.T) {
 	if err := os.MkdirAll(s.path(blobPath(d)), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("OpenBlob: %v, want ErrNotExist", err)
 	}
 }
@@ -443,7 +443,7 @@ func TestStoresShareADirectory(t *testing.T) {
 	if err := two.Driver().Delete(t.Context(), filepath.Dir(blobPath(d))); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := one.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := one.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after the other deleted it: %v", err)
 	}
 	mustUpload(t, two, "a", content)

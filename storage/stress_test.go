@@ -53,7 +53,7 @@ func (p *pusher) repo(name string) Repository {
 func (p *pusher) blob(ctx context.Context, repo string) (digest.Digest, error) {
 	content := fmt.Appendf(nil, "content %d", p.rand.IntN(40))
 	d := digest.FromBytes(content)
-	if f, _, err := p.repo(repo).OpenLayer(ctx, d); err == nil {
+	if f, err := p.repo(repo).OpenLayer(ctx, d); err == nil {
 		return d, f.Close()
 	}
 	from := p.repos[p.rand.IntN(len(p.repos))]
@@ -68,7 +68,7 @@ func (p *pusher) blob(ctx context.Context, repo string) (digest.Digest, error) {
 // registry does.
 func (p *pusher) manifest(ctx context.Context, repo string, content []byte, needs []digest.Digest, tags ...string) (digest.Digest, error) {
 	for _, need := range needs {
-		f, _, err := p.repo(repo).OpenLayer(ctx, need)
+		f, err := p.repo(repo).OpenLayer(ctx, need)
 		if err != nil {
 			return "", err
 		}
@@ -107,7 +107,9 @@ func (p *pusher) index(ctx context.Context, repo, tag string) (digest.Digest, er
 		children = append(children, d)
 	}
 	for _, d := range children {
-		p.repo(repo).UseManifest(d)
+		if err := p.repo(repo).UseManifest(ctx, d); err != nil {
+			return "", err
+		}
 	}
 	content := manifestOf("", nil, children, fmt.Sprint(p.id, p.rand.Int64()))
 	d := digest.FromBytes(content)
@@ -116,7 +118,9 @@ func (p *pusher) index(ctx context.Context, repo, tag string) (digest.Digest, er
 	}
 	signature := manifestOf(d, nil, nil, "")
 	p.needs[d] = append(children, digest.FromBytes(signature))
-	p.repo(repo).UseManifest(d)
+	if err := p.repo(repo).UseManifest(ctx, d); err != nil {
+		return "", err
+	}
 	if err := p.repo(repo).PutManifest(ctx, digest.FromBytes(signature), signature); err != nil {
 		return "", err
 	}
@@ -125,7 +129,7 @@ func (p *pusher) index(ctx context.Context, repo, tag string) (digest.Digest, er
 
 // complete reads all of an image.
 func (p *pusher) complete(ctx context.Context, repo string, d digest.Digest) error {
-	f, _, err := p.repo(repo).OpenManifest(ctx, d)
+	f, err := p.repo(repo).OpenManifest(ctx, d)
 	if err != nil {
 		return fmt.Errorf("manifest %s: %w", d, err)
 	}
@@ -137,9 +141,9 @@ func (p *pusher) complete(ctx context.Context, repo string, d digest.Digest) err
 			}
 			continue
 		}
-		f, _, err := p.repo(repo).OpenLayer(ctx, need)
+		f, err := p.repo(repo).OpenLayer(ctx, need)
 		if errors.Is(err, fs.ErrNotExist) {
-			f, _, err = p.repo(repo).OpenManifest(ctx, need)
+			f, err = p.repo(repo).OpenManifest(ctx, need)
 		}
 		if err != nil {
 			return fmt.Errorf("%s of %s: %w", need, d, err)

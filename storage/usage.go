@@ -5,9 +5,8 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -16,16 +15,17 @@ import (
 )
 
 // usageDir holds how many bytes are stored: base.json as they were counted last,
-// by a walk over everything, and one file for each process with what it has added
-// since, by the minute, so that nobody writes to another's file. The sum is right
-// but for what was deleted since, what a crash took from a process's file, and
+// by a walk over everything, and one note for each process with what it has added
+// since, by the minute, so that nobody writes to another's. The sum is right
+// but for what was deleted since, what a crash took from a process's own, and
 // the last seconds of the others; each count puts that right.
 const usageDir = "usage"
 
 const (
 	usageBase    = "base.json"
-	usageRefresh = 2 * time.Second // for how long others' figures are believed
-	usageSave    = time.Second     // how often a process writes its own
+	usageSave    = time.Second      // how often a process writes its own, on a directory
+	usageSaveFar = 10 * time.Second // the same on an object store
+	usageTimeout = 5 * time.Second  // for how long it tries to
 )
 
 // Usage is how many bytes are stored.
@@ -46,7 +46,8 @@ type growth map[int64]map[string]int64
 // ledger keeps the usage of a Store.
 type ledger struct {
 	store *Store
-	file  string // of this process
+	name  string        // of this process's note
+	every time.Duration // how often that is written; others' are believed for twice that
 
 	mu     sync.Mutex
 	own    growth    // guarded by mu
@@ -57,20 +58,20 @@ type ledger struct {
 	read   time.Time // when base and others were; guarded by mu
 }
 
-func newLedger(s *Store) *ledger {
+func newLedger(s *Store, every time.Duration) *ledger {
 	var id [8]byte
 	rand.Read(id[:])
-	return &ledger{store: s, own: make(growth), file: filepath.Join(s.root, usageDir, hex.EncodeToString(id[:])+".json")}
+	return &ledger{store: s, every: every, own: make(growth), name: hex.EncodeToString(id[:]) + ".json"}
 }
 
 // Used returns how many bytes a repository and the whole store take, from
 // figures that are kept as content comes: asking costs a few small files every
-// two seconds at most, or a walk over the store if nobody has counted yet.
+// few seconds at most, or a walk over the store if nobody has counted yet.
 func (s *Store) Used(ctx context.Context, repository string) (ofRepository, total int64, err error) {
 	l := s.usage
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if time.Since(l.read) > usageRefresh {
+	if time.Since(l.read) > 2*l.every {
 		if err := l.load(ctx); err != nil {
 			return 0, 0, fmt.Errorf("finding out how much is stored: %w", err)
 		}
@@ -90,30 +91,29 @@ func (s *Store) Used(ctx context.Context, repository string) (ofRepository, tota
 
 // load reads what is on the storage. mu is held.
 func (l *ledger) load(ctx context.Context) error {
-	dir := filepath.Join(l.store.root, usageDir)
-	content, err := os.ReadFile(filepath.Join(dir, usageBase))
+	medium := l.store.medium
+	content, err := medium.readNote(ctx, usageDir+"/"+usageBase)
 	if err != nil || json.Unmarshal(content, &l.base) != nil {
 		if ignoreAbsent(err) != nil {
 			return err
 		}
 		l.own = make(growth) // which the count will find
-		l.save()
+		l.save(ctx)
 		if l.base, err = l.store.count(ctx); err != nil {
 			return err
 		}
 	}
-	entries, err := os.ReadDir(dir)
+	notes, err := medium.listNotes(ctx, usageDir)
 	if err != nil {
 		return err
 	}
 	l.others = nil
-	for _, e := range entries {
-		file := filepath.Join(dir, e.Name())
-		if e.Name() == usageBase || file == l.file || !strings.HasSuffix(e.Name(), ".json") {
+	for _, n := range notes {
+		if n.name == usageBase || n.name == l.name || !strings.HasSuffix(n.name, ".json") {
 			continue
 		}
 		var g growth
-		if content, err := os.ReadFile(file); err == nil && json.Unmarshal(content, &g) == nil {
+		if content, err := medium.readNote(ctx, usageDir+"/"+n.name); err == nil && json.Unmarshal(content, &g) == nil {
 			l.others = append(l.others, g)
 		}
 	}
@@ -122,7 +122,7 @@ func (l *ledger) load(ctx context.Context) error {
 }
 
 // add counts bytes that have come into a repository, or into the store for "".
-func (l *ledger) add(repository string, bytes int64) {
+func (l *ledger) add(ctx context.Context, repository string, bytes int64) {
 	if bytes == 0 {
 		return
 	}
@@ -140,15 +140,17 @@ func (l *ledger) add(repository string, bytes int64) {
 	}
 	l.own[minute][repository] += bytes
 	l.dirty = true
-	if time.Since(l.saved) > usageSave {
-		l.save()
+	if time.Since(l.saved) > l.every {
+		l.save(ctx)
 	}
 }
 
 // save writes the file of this process. mu is held.
-func (l *ledger) save() {
+func (l *ledger) save(ctx context.Context) {
 	l.saved = time.Now()
-	if err := l.store.putState(l.file, l.own); err != nil {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), usageTimeout)
+	defer cancel()
+	if err := l.store.putState(ctx, usageDir+"/"+l.name, l.own); err != nil {
 		l.store.log.Warn("growth of the store is not seen by other replicas until the next count", "error", err)
 		return
 	}
@@ -159,29 +161,38 @@ func (l *ledger) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.dirty {
-		l.save()
+		l.save(context.Background())
 	}
 }
 
 // recount counts everything and starts the figures anew from there.
 func (s *Store) recount(ctx context.Context) (Usage, error) {
-	s.usage.reset()
+	s.usage.reset(ctx)
 	u, err := s.count(ctx)
 	if err != nil {
 		return u, fmt.Errorf("counting what is stored: %w", err)
 	}
 	s.usage.reread()
-	// The files of processes that are gone.
-	_, err = s.sweepFiles(usageDir, "", u.Counted.Add(-2*time.Minute))
-	return u, err
+	return u, s.forgetUsage(ctx, u.Counted.Add(-2*time.Minute))
+}
+
+// forgetUsage removes the notes of processes that are gone.
+func (s *Store) forgetUsage(ctx context.Context, then time.Time) error {
+	notes, err := s.medium.listNotes(ctx, usageDir)
+	for _, n := range notes {
+		if saved, modErr := n.modified(); modErr == nil && !saved.After(then) {
+			err = errors.Join(err, s.medium.removeNote(ctx, usageDir+"/"+n.name))
+		}
+	}
+	return err
 }
 
 // reset forgets what this process added: it is about to be counted.
-func (l *ledger) reset() {
+func (l *ledger) reset(ctx context.Context) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.own = make(growth)
-	l.save()
+	l.save(ctx)
 }
 
 // reread has the next question answered from what is on the storage.
@@ -195,28 +206,23 @@ func (l *ledger) reread() {
 func (s *Store) count(ctx context.Context) (Usage, error) {
 	u := Usage{Repositories: make(map[string]int64), Counted: time.Now()}
 	sizes := make(map[digest.Digest]int64)
-	c := &collection{store: s}
-	for _, root := range []string{s.limboPath(blobsRoot), s.path(blobsRoot)} {
-		err := c.eachBlob(ctx, root, func(d digest.Digest) error {
-			_, size, err := statFile(filepath.Join(root, strings.TrimPrefix(blobPath(d), blobsRoot)))
-			if _, twice := sizes[d]; err == nil && !twice {
-				sizes[d] = size
-				u.Total += size
-			}
-			return ignoreAbsent(err)
-		})
+	for b, err := range s.medium.blobs(ctx, true) {
 		if err != nil {
 			return u, err
 		}
+		if _, twice := sizes[b.digest]; !twice {
+			sizes[b.digest] = b.size
+			u.Total += b.size
+		}
 	}
-	names, err := s.allRepositories()
+	names, err := s.medium.repositories(ctx)
 	if err != nil {
 		return u, err
 	}
-	for name := range names {
+	for _, name := range names {
 		held := make(map[digest.Digest]bool)
 		for _, dir := range []string{"/_layers", "/_manifests/revisions"} {
-			links, err := s.links(repositoriesRoot + name + dir)
+			links, err := s.medium.links(ctx, repositoriesRoot+name+dir)
 			if err != nil {
 				return u, err
 			}
@@ -228,5 +234,5 @@ func (s *Store) count(ctx context.Context) (Usage, error) {
 			}
 		}
 	}
-	return u, s.putState(filepath.Join(s.root, usageDir, usageBase), u)
+	return u, s.putState(ctx, usageDir+"/"+usageBase, u)
 }

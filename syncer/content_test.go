@@ -269,7 +269,7 @@ func repositoryHere(t *testing.T, f *fixture) storage.Repository {
 // referrersOf is what the storage lists, from which the registry answers.
 func referrersOf(t *testing.T, f *fixture, subject digest.Digest) iter.Seq2[v1.Descriptor, error] {
 	t.Helper()
-	return repositoryHere(t, f).Referrers(subject, "")
+	return repositoryHere(t, f).Referrers(t.Context(), subject, "")
 }
 
 func referrersHere(t *testing.T, f *fixture, subject digest.Digest) (digests []digest.Digest) {

@@ -176,7 +176,7 @@ func (d *Duties) Progress(e Event) {
 
 // Status adds to a status what the duties have to say: Changes, Notifications,
 // Children and StatusDetails.
-func (d *Duties) Status(s *v1alpha1.Status) {
+func (d *Duties) Status(ctx context.Context, s *v1alpha1.Status) {
 	if d.outbox != nil {
 		o := d.outbox.Status()
 		s.Changes = &v1alpha1.ChangesStatus{Waiting: o.Waiting, Brought: o.Brought, Dropped: o.Dropped, Conflicts: o.Conflicts}
@@ -189,7 +189,7 @@ func (d *Duties) Status(s *v1alpha1.Status) {
 		n := d.notifier.Stats()
 		s.Notifications = &v1alpha1.NotificationsStatus{Waiting: n.Waiting, Delivered: n.Delivered, DeadLetters: n.Dead, LastError: n.LastError}
 	}
-	children, err := d.store.Children()
+	children, err := d.store.Children(ctx)
 	if err != nil {
 		d.log.Error("children cannot be listed", "error", err)
 	}

@@ -204,7 +204,7 @@ func (o *Outbox) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	o.count(entries)
+	o.count(ctx, entries)
 	o.tell(entries)
 	if len(entries) == 0 || time.Now().Before(o.down.until) {
 		return nil
@@ -266,7 +266,7 @@ func (o *Outbox) problem(name string, err error) {
 	o.status.Problems[name] = err.Error()
 }
 
-func (o *Outbox) count(entries []storage.Entry) {
+func (o *Outbox) count(ctx context.Context, entries []storage.Entry) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.status.Waiting, o.status.Oldest = len(entries), time.Time{}
@@ -274,7 +274,7 @@ func (o *Outbox) count(entries []storage.Entry) {
 		o.status.Oldest = entries[0].Time
 	}
 	if len(entries) == maxOutbox {
-		if n, _, err := o.config.Store.Journal().Backlog(); err == nil {
+		if n, _, err := o.config.Store.Journal().Backlog(ctx); err == nil {
 			o.status.Waiting = n
 		}
 	}
@@ -324,7 +324,7 @@ func (o *Outbox) repository(ctx context.Context, p *parent, name string, entries
 				outcome.dropped = fmt.Sprintf("%s is not at the parent: it could not be brought within %s: %s", c, o.config.TTL, err)
 			}
 		}
-		if err := o.config.Store.Journal().Done(c.ids...); err != nil {
+		if err := o.config.Store.Journal().Done(ctx, c.ids...); err != nil {
 			return err
 		}
 		o.record(c, outcome)

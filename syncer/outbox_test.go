@@ -86,7 +86,7 @@ func (f *outboxFixture) push(t *testing.T, name, tag string, img ggcr.Image) dig
 	t.Helper()
 	previous, _ := (&store{f.here.Namespace(), f.here}).tag(t.Context(), name, tag)
 	c := storage.Change{Action: storage.ActionPush, Repository: name, Tag: tag, Digest: digestOf(t, img), Previous: previous}
-	err := f.here.Journal().Record(c, func() error { put(t, f.here, name, tag, img); return nil })
+	err := f.here.Journal().Record(t.Context(), c, func() error { put(t, f.here, name, tag, img); return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,12 +99,12 @@ func (f *outboxFixture) deleteTag(t *testing.T, name, tag string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := repo.Tag(tag)
+	d, err := repo.Tag(t.Context(), tag)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := storage.Change{Action: storage.ActionDelete, Repository: name, Tag: tag, Digest: d}
-	if err := f.here.Journal().Record(c, func() error { return repo.DeleteTag(t.Context(), tag) }); err != nil {
+	if err := f.here.Journal().Record(t.Context(), c, func() error { return repo.DeleteTag(t.Context(), tag) }); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -161,7 +161,7 @@ func tags(t *testing.T, in *storage.Store) map[string]digest.Digest {
 	t.Helper()
 	s := &store{in.Namespace(), in}
 	found := make(map[string]digest.Digest)
-	for name, err := range in.Repositories("") {
+	for name, err := range in.Repositories(t.Context(), "") {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -196,7 +196,7 @@ func (f *outboxFixture) mustLook(t *testing.T) {
 
 func (f *outboxFixture) waiting(t *testing.T) int {
 	t.Helper()
-	n, _, err := f.here.Journal().Backlog()
+	n, _, err := f.here.Journal().Backlog(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -156,7 +158,7 @@ func (w *outboxWriter) pushBlob(ctx context.Context, desc v1.Descriptor) error {
 	if err != nil || there {
 		return err
 	}
-	f, info, err := w.store.content.OpenBlob(ctx, desc.Digest)
+	f, err := w.store.content.OpenBlob(ctx, desc.Digest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s@%s was pushed, and is neither here any more nor at the parent: push the image again", w.local, desc.Digest)
 	}
@@ -164,6 +166,25 @@ func (w *outboxWriter) pushBlob(ctx context.Context, desc v1.Descriptor) error {
 		return err
 	}
 	defer f.Close()
-	desc.Size = info.Size()
-	return w.parent.upload(ctx, w.remote, desc, f, w.config.ChunkSize)
+	desc.Size = f.Size
+	return w.parent.upload(ctx, w.remote, desc, &readerAt{content: f}, w.config.ChunkSize)
+}
+
+// readerAt reads stored content anywhere in it, in one place at a time.
+type readerAt struct {
+	mu      sync.Mutex // a request that failed may still read its body
+	content io.ReadSeeker
+}
+
+func (r *readerAt) ReadAt(p []byte, offset int64) (n int, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, err := r.content.Seek(offset, io.SeekStart); err != nil {
+		return 0, err
+	}
+	n, err = io.ReadFull(r.content, p)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = io.EOF
+	}
+	return n, err
 }

@@ -188,7 +188,7 @@ func missingRanges(t *testing.T, root string, images []ggcr.Image) map[string][]
 		}
 		for _, desc := range append(m.Layers, m.Config) {
 			d := digest.Digest(desc.Digest.String())
-			if f, _, err := store.OpenBlob(t.Context(), d); err == nil {
+			if f, err := store.OpenBlob(t.Context(), d); err == nil {
 				f.Close()
 				missing[d.String()] = nil
 				continue

@@ -85,16 +85,15 @@ func (s *store) hasBlob(ctx context.Context, repository string, desc v1.Descript
 	if err != nil {
 		return false, err
 	}
-	f, fi, err := repo.OpenLayer(ctx, desc.Digest)
+	size, err := repo.UseLayer(ctx, desc.Digest)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return false, nil
 	case err != nil:
 		return false, fmt.Errorf("looking for %s: %w", desc.Digest, err)
 	}
-	f.Close()
-	if fi.Size() != desc.Size {
-		return false, errSize{desc.Digest, desc.Size, fi.Size()}
+	if size != desc.Size {
+		return false, errSize{desc.Digest, desc.Size, size}
 	}
 	return true, nil
 }
@@ -170,7 +169,7 @@ func (s *store) manifest(ctx context.Context, repository string, d digest.Digest
 	if err != nil {
 		return manifest{}, false, err
 	}
-	f, fi, err := repo.OpenManifest(ctx, d)
+	f, err := repo.OpenManifest(ctx, d)
 	if errors.Is(err, fs.ErrNotExist) {
 		return manifest{}, false, nil
 	}
@@ -178,10 +177,10 @@ func (s *store) manifest(ctx context.Context, repository string, d digest.Digest
 		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
 	}
 	defer f.Close()
-	if fi.Size() > maxStored {
+	if f.Size > maxStored {
 		return manifest{}, false, nil
 	}
-	body := make([]byte, fi.Size())
+	body := make([]byte, f.Size)
 	if _, err := io.ReadFull(f, body); err != nil {
 		return manifest{}, false, fmt.Errorf("reading %s@%s: %w", repository, d, err)
 	}
@@ -219,12 +218,12 @@ func (s *store) putManifest(ctx context.Context, repository string, m manifest) 
 }
 
 // tag is what a tag stands for here, "" when there is no such tag.
-func (s *store) tag(_ context.Context, repository, tag string) (digest.Digest, error) {
+func (s *store) tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
 	repo, err := s.content.Repository(repository)
 	if err != nil {
 		return "", err
 	}
-	d, err := repo.Tag(tag)
+	d, err := repo.Tag(ctx, tag)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("reading tag %s:%s: %w", repository, tag, err)
 	}

@@ -80,11 +80,11 @@ func (e *engine) set(j *job, resync string) {
 
 // status is how far the engine is. The error is why nothing is synchronised though
 // it should be.
-func (e *engine) status() (v1alpha1.Status, error) {
+func (e *engine) status(ctx context.Context) (v1alpha1.Status, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.duties != nil && time.Since(e.looked) >= progressInterval {
-		e.duties.Status(&e.before) // reads files
+		e.duties.Status(ctx, &e.before) // reads what is stored
 		e.looked = time.Now()
 	}
 	status := e.before
@@ -178,7 +178,7 @@ func (e *engine) work(ctx context.Context, j *job, store *storage.Store) error {
 		return err
 	}
 	e.begin(s, duties)
-	defer e.end()
+	defer e.end(context.WithoutCancel(ctx))
 	ctx, stop := context.WithCancel(ctx)
 	var group sync.WaitGroup
 	defer group.Wait()
@@ -278,13 +278,18 @@ func (e *engine) begin(s *syncer.Syncer, duties *syncer.Duties) {
 	e.current, e.duties, e.fault, e.looked = s, duties, nil, time.Time{}
 }
 
-func (e *engine) end() {
+// lastLook bounds for how long what is stored is looked at when an engine ends.
+const lastLook = 5 * time.Second
+
+func (e *engine) end(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lastLook)
+	defer cancel()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.current != nil {
 		e.before = e.current.Status()
 	}
-	e.duties.Status(&e.before)
+	e.duties.Status(ctx, &e.before)
 	e.current, e.duties = nil, nil
 }
 

@@ -56,7 +56,7 @@ func (p *publisher) publish(ctx context.Context) error {
 	if found == nil {
 		return nil
 	}
-	sync, fault := p.loop.engine.status()
+	sync, fault := p.loop.engine.status(ctx)
 	now := time.Now()
 	if justBegan(sync, now) || isSyncing(sync) && isSyncing(p.before) && now.Sub(p.at) < progressInterval {
 		return nil

@@ -1,0 +1,194 @@
+package storage
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/distribution/distribution/v3/registry/storage/driver/filesystem"
+)
+
+// directory is a directory as the medium, of which other processes, on other
+// machines, may have the same. Paths of drivers are paths below it.
+type directory struct {
+	root string
+	log  *slog.Logger
+	fs   storagedriver.StorageDriver // distribution's filesystem driver
+}
+
+var _ medium = (*directory)(nil)
+
+// quarantineDir holds, beside the tree, what was found corrupt: one file per
+// digest, the latest, so that it cannot grow past what is stored.
+const quarantineDir = "quarantine"
+
+// trashDir takes what is deleted, so that it vanishes from the tree in one step
+// and is taken apart afterwards.
+const trashDir = "trash"
+
+// limboDir holds what the collector has condemned and not deleted yet, each
+// directory at the path that it had in the tree. Whoever asks for something in
+// limbo gets it: the asking brings it back. So a process that has just seen a
+// blob, or is about to link to one, cannot have it taken away under its hands,
+// and none of them needs a lock to say so.
+const limboDir = "limbo"
+
+// layoutDirs must exist for an empty registry to answer with empty lists
+// rather than with "not found".
+var layoutDirs = []string{
+	"docker/registry/v2/blobs",
+	"docker/registry/v2/repositories",
+	quarantineDir,
+	partialDir,
+	journalDir,
+	limboDir,
+	usageDir,
+	damagedDir,
+	trashDir,
+}
+
+// maxThreads bounds concurrent driver calls, each of which may block a thread
+// in a system call on a slow volume.
+const maxThreads = 256
+
+// openDirectory prepares a directory. The error names it and the remedy.
+func openDirectory(root string, log *slog.Logger) (*directory, error) {
+	if err := prepare(root); err != nil {
+		return nil, err
+	}
+	m := &directory{
+		root: root,
+		log:  log,
+		fs:   filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
+	}
+	m.emptyTrash()
+	return m, nil
+}
+
+// prepare creates the layout and proves that a file can be written, synced and
+// removed, which a directory that merely exists does not.
+func prepare(root string) error {
+	for _, dir := range layoutDirs {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o777); err != nil {
+			return unusable(root, err)
+		}
+	}
+	probe, err := os.CreateTemp(root, ".write-test-*")
+	if err != nil {
+		return unusable(root, err)
+	}
+	_, err = probe.WriteString("connected-registry\n")
+	err = errors.Join(err, probe.Sync(), probe.Close(), os.Remove(probe.Name()))
+	if err != nil {
+		return unusable(root, err)
+	}
+	return nil
+}
+
+func unusable(root string, err error) error {
+	return fmt.Errorf("data directory %s cannot be written: %w; make it writable for user %d, free space on its volume, or choose another directory", root, err, os.Getuid())
+}
+
+func (m *directory) driver() storagedriver.StorageDriver { return m.fs }
+
+func (m *directory) ready(context.Context) error {
+	dir, err := os.Open(m.root)
+	if err == nil {
+		_, err = dir.Readdirnames(1)
+		dir.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("the data directory: %w", err)
+	}
+	return nil
+}
+
+// path is the path on disk of a driver path, which begins with a slash.
+func (m *directory) path(driverPath string) string { return m.root + driverPath }
+
+func (m *directory) limboPath(driverPath string) string {
+	return filepath.Join(m.root, limboDir, driverPath)
+}
+
+// limbo moves a directory of the tree, given as a driver path, to limbo.
+func (m *directory) limbo(dir string) error {
+	from, to := m.path(dir), m.limboPath(dir)
+	if err := os.MkdirAll(filepath.Dir(to), 0o777); err != nil {
+		return err
+	}
+	// What was condemned before has been replaced since.
+	if err := ignoreAbsent(m.discard(to)); err != nil {
+		return err
+	}
+	// From now on the directory's time is that of its condemnation.
+	now := time.Now()
+	if err := os.Chtimes(from, now, now); err != nil {
+		return err
+	}
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(from))
+}
+
+// rescueFile brings a file back from limbo, and reports whether it is in the tree
+// now.
+func (m *directory) rescueFile(driverPath string) bool {
+	from, to := m.limboPath(driverPath), m.path(driverPath)
+	if _, err := os.Lstat(from); err != nil {
+		return false
+	}
+	if filepath.Base(driverPath) == "link" { // it is as good as new then
+		now := time.Now()
+		_ = os.Chtimes(from, now, now) // the rename tells whether it was still there
+	}
+	err := mkdirDurable(filepath.Dir(to))
+	if err == nil {
+		err = os.Rename(from, to)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(to))
+		os.Remove(filepath.Dir(from))
+	}
+	if err != nil {
+		_, gone := os.Lstat(to)
+		return gone == nil // somebody else was faster
+	}
+	return true
+}
+
+// discard makes a file or directory on disk vanish in one step, and takes it
+// apart afterwards.
+func (m *directory) discard(file string) error {
+	trash, err := m.take(file)
+	if err != nil {
+		return err
+	}
+	return os.RemoveAll(trash)
+}
+
+// take moves a file or directory on disk to the trash. It makes no directory, so
+// that what is deleted to free space needs none.
+func (m *directory) take(file string) (trash string, err error) {
+	trash = filepath.Join(m.root, trashDir, rand.Text())
+	return trash, os.Rename(file, trash)
+}
+
+// emptyTrash finishes deletions that a crash interrupted. Those that another
+// process has under way end no differently.
+func (m *directory) emptyTrash() {
+	trash := filepath.Join(m.root, trashDir)
+	entries, err := os.ReadDir(trash)
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
+	}
+	if err != nil {
+		m.log.Warn("deleted content still takes space", "directory", trash, "error", err)
+	}
+}
