@@ -20,7 +20,8 @@ import (
 // What other replicas have under way is not known here. It is why an upload is
 // held against the quota once more when it is complete: what is stored by then
 // may be more by what others have completed in the time for which figures of
-// storage.Store.Used are believed, some three seconds, and by no more than that.
+// storage.Store.Used are believed, some three seconds on a directory, and by no
+// more than that.
 type claims struct {
 	mu       sync.Mutex
 	all      map[*claim]bool // guarded by mu

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
@@ -59,36 +60,46 @@ const maxThreads = 256
 
 // openDirectory prepares a directory. The error names it and the remedy.
 func openDirectory(root string, log *slog.Logger) (*directory, error) {
-	if err := prepare(root); err != nil {
+	full, err := prepare(root)
+	if err != nil {
 		return nil, err
 	}
-	m := &directory{
+	if full != nil {
+		log.Warn("nothing can be stored until there is space; what is there is served", "directory", root, "error", full)
+	}
+	return &directory{
 		root: root,
 		log:  log,
 		fs:   filesystem.New(filesystem.DriverParameters{RootDirectory: root, MaxThreads: maxThreads}),
-	}
-	m.emptyTrash()
-	return m, nil
+	}, nil
 }
 
 // prepare creates the layout and proves that a file can be written, synced and
-// removed, which a directory that merely exists does not.
-func prepare(root string) error {
+// removed, which a directory that merely exists does not. That the volume is full
+// is no reason not to serve what lies there; full is that error.
+func prepare(root string) (full, err error) {
 	for _, dir := range layoutDirs {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o777); err != nil {
-			return unusable(root, err)
+			return nil, unusable(root, err)
 		}
 	}
-	probe, err := os.CreateTemp(root, ".write-test-*")
-	if err != nil {
-		return unusable(root, err)
+	err = writeTest(root)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return err, nil
 	}
-	_, err = probe.WriteString("connected-registry\n")
-	err = errors.Join(err, probe.Sync(), probe.Close(), os.Remove(probe.Name()))
 	if err != nil {
-		return unusable(root, err)
+		return nil, unusable(root, err)
 	}
-	return nil
+	return nil, nil
+}
+
+func writeTest(root string) error {
+	f, err := os.CreateTemp(root, ".write-test-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString("connected-registry\n")
+	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }
 
 func unusable(root string, err error) error {
@@ -180,15 +191,34 @@ func (m *directory) take(file string) (trash string, err error) {
 	return trash, os.Rename(file, trash)
 }
 
-// emptyTrash finishes deletions that a crash interrupted. Those that another
-// process has under way end no differently.
-func (m *directory) emptyTrash() {
+// emptyTrash finishes deletions that a crash interrupted, until quit is closed.
+// Those that another process has under way end no differently.
+func (m *directory) emptyTrash(quit <-chan struct{}) {
 	trash := filepath.Join(m.root, trashDir)
-	entries, err := os.ReadDir(trash)
-	for _, e := range entries {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(trash, e.Name())))
-	}
-	if err != nil {
+	if err := removeEntries(trash, quit); err != nil {
 		m.log.Warn("deleted content still takes space", "directory", trash, "error", err)
 	}
+}
+
+// removeEntries empties a directory, until quit is closed.
+func removeEntries(dir string, quit <-chan struct{}) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if e.IsDir() {
+			err = removeEntries(path, quit)
+		}
+		select {
+		case <-quit:
+			return err
+		default:
+		}
+		if err = errors.Join(err, ignoreAbsent(os.Remove(path))); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -26,7 +26,7 @@ func (m *directory) sweep(ctx context.Context, repositories []string, uploads, a
 		}
 		swept.Uploads += n
 	}
-	m.emptyTrash()
+	m.emptyTrash(ctx.Done())
 	limbo := filepath.Join(m.root, limboDir)
 	err := eachDir(limbo, func(name string) error {
 		if !strings.HasPrefix(name, doomedPrefix) {

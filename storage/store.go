@@ -62,7 +62,7 @@ type Store struct {
 	usage     *ledger
 	manifests *manifestCache
 
-	// quit ends the hashing that goes on behind requests; running counts it.
+	// quit ends what goes on behind requests; running counts it.
 	quit    chan struct{}
 	running sync.WaitGroup
 	closed  sync.Once
@@ -79,8 +79,9 @@ type Store struct {
 }
 
 // Open prepares the directory, or the object store, and checks that it can be
-// written to. The error names it and the remedy. The Store holds no lock and starts no
-// goroutine until a file has to be hashed again; Close ends it.
+// written to. The error names it and the remedy. The Store holds no lock. What it has
+// to do behind the caller's back, to finish deletions and to hash files again, Close
+// ends.
 //
 // Open mutes logrus's standard logger for the whole process.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
@@ -122,6 +123,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the storage: %w", err)
 	}
+	if d, ok := medium.(*directory); ok {
+		// However much was left to be deleted, nobody waits for it.
+		s.running.Go(func() { d.emptyTrash(s.quit) })
+	}
 	return s, nil
 }
 
@@ -148,7 +153,7 @@ var muteLogrus = sync.OnceFunc(func() {
 // cannot.
 func (s *Store) Ready(ctx context.Context) error { return s.medium.ready(ctx) }
 
-// Close ends the hashing that is under way and waits for it. Readers that were
+// Close ends what is under way behind requests and waits for it. Readers that were
 // waiting for it get an error; open files stay usable.
 func (s *Store) Close() error {
 	s.closed.Do(func() {

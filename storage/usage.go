@@ -50,12 +50,13 @@ type ledger struct {
 	every time.Duration // how often that is written; others' are believed for twice that
 
 	mu     sync.Mutex
-	own    growth    // guarded by mu
-	dirty  bool      // own is not in the file; guarded by mu
-	saved  time.Time // guarded by mu
-	base   Usage     // guarded by mu
-	others []growth  // guarded by mu
-	read   time.Time // when base and others were; guarded by mu
+	own    growth      // guarded by mu
+	dirty  bool        // own is not in the file; guarded by mu
+	saved  time.Time   // guarded by mu
+	later  *time.Timer // will save it, nil: nothing waits for that; guarded by mu
+	base   Usage       // guarded by mu
+	others []growth    // guarded by mu
+	read   time.Time   // when base and others were; guarded by mu
 }
 
 func newLedger(s *Store, every time.Duration) *ledger {
@@ -140,8 +141,23 @@ func (l *ledger) add(ctx context.Context, repository string, bytes int64) {
 	}
 	l.own[minute][repository] += bytes
 	l.dirty = true
-	if time.Since(l.saved) > l.every {
+	if since := time.Since(l.saved); since > l.every {
 		l.save(ctx)
+	} else if l.later == nil {
+		l.later = time.AfterFunc(l.every-since, l.saveLate)
+	}
+}
+
+// saveLate writes what nobody has written who came after.
+func (l *ledger) saveLate() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.later == nil {
+		return // closed
+	}
+	l.later = nil
+	if l.dirty {
+		l.save(context.Background())
 	}
 }
 
@@ -160,6 +176,10 @@ func (l *ledger) save(ctx context.Context) {
 func (l *ledger) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.later != nil {
+		l.later.Stop()
+		l.later = nil
+	}
 	if l.dirty {
 		l.save(context.Background())
 	}
