@@ -186,4 +186,6 @@ func (a *azureStore) copyStatus(ctx context.Context, key string) (status blob.Co
 	return value(out.CopyStatus), value(out.CopyProgress), nil
 }
 
-func (a *azureStore) try(ctx context.Context, act func() error) error { return try(ctx, a.classify, act) }
+func (a *azureStore) try(ctx context.Context, act func() error) error {
+	return try(ctx, a.classify, act)
+}

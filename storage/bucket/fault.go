@@ -95,7 +95,7 @@ func (r remedies) describe(f fault) string {
 	case silent:
 		return fmt.Sprintf("%s does not answer in time: see whether a network policy, a firewall or a proxy lies between", r.endpoint)
 	case cut:
-		return fmt.Sprintf("the connection to %s broke (%s): try again, and see what lies between if that helps nothing", r.endpoint, f.code)
+		return fmt.Sprintf("the connection to %s broke, again and again (%s): look at its log, and at proxies and load balancers between", r.endpoint, f.code)
 	}
 	return f.code
 }

@@ -28,19 +28,15 @@ const (
 // s3Store speaks the protocol of Amazon S3. What is uploaded is signed with its
 // SHA-256, which the object store verifies.
 type s3Store struct {
-	api       *s3.Client
+	// clients has a new one for other credentials: a client keeps what it
+	// derived from a secret for as long as the name of the key stays.
+	clients   *reloading[*s3.Client]
 	bucket    string
 	copyLimit int64
 }
 
 func newS3(ctx context.Context, c Config, t transport) (Bucket, error) {
-	credentials, region, err := s3Identity(ctx, c, t)
-	if err != nil {
-		return nil, err
-	}
 	o := s3.Options{
-		Region:                       region,
-		Credentials:                  credentials,
 		UsePathStyle:                 c.S3.PathStyle,
 		HTTPClient:                   &http.Client{Transport: t, CheckRedirect: stay},
 		Retryer:                      aws.NopRetryer{},
@@ -53,7 +49,11 @@ func newS3(ctx context.Context, c Config, t transport) (Bucket, error) {
 	if c.S3.Endpoint != "" {
 		o.BaseEndpoint, endpoint = aws.String(strings.TrimSuffix(c.S3.Endpoint, "/")), c.S3.Endpoint
 	}
-	s := &s3Store{api: s3.New(o), bucket: c.S3.Bucket, copyLimit: c.S3.CopyLimit}
+	clients, err := s3Clients(ctx, c, t, o)
+	if err != nil {
+		return nil, err
+	}
+	s := &s3Store{clients: clients, bucket: c.S3.Bucket, copyLimit: c.S3.CopyLimit}
 	if s.copyLimit == 0 {
 		s.copyLimit = maxCopy
 	}
@@ -72,6 +72,12 @@ func newS3(ctx context.Context, c Config, t transport) (Bucket, error) {
 // bucket is.
 func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
+// client is whom to ask now. Once there was one, there is always one.
+func (s *s3Store) client() *s3.Client {
+	api, _ := s.clients.get() //nolint:errcheck // newS3 has seen that there is one
+	return api
+}
+
 func (s *s3Store) open(ctx context.Context, key string, offset, length int64, version string) (io.ReadCloser, Attributes, error) {
 	if length == 0 {
 		at, err := s.stat(ctx, key)
@@ -81,7 +87,7 @@ func (s *s3Store) open(ctx context.Context, key string, offset, length int64, ve
 	if r := byteRange(offset, length); r != "" {
 		in.Range = &r
 	}
-	out, err := s.api.GetObject(ctx, in)
+	out, err := s.client().GetObject(ctx, in)
 	if err != nil {
 		if s.classify(err).kind == outside {
 			at, err := s.head(ctx, key)
@@ -134,7 +140,7 @@ func (s *s3Store) stat(ctx context.Context, key string) (Attributes, error) {
 }
 
 func (s *s3Store) head(ctx context.Context, key string) (Attributes, error) {
-	out, err := s.api.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.bucket, Key: &key})
+	out, err := s.client().HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.bucket, Key: &key})
 	if err != nil {
 		return Attributes{}, err
 	}
@@ -151,7 +157,7 @@ func (s *s3Store) put(ctx context.Context, key string, content []byte, metadata 
 	if when.Absent {
 		in.IfNoneMatch = aws.String("*")
 	}
-	out, err := s.api.PutObject(ctx, in)
+	out, err := s.client().PutObject(ctx, in)
 	if err != nil {
 		if when.Version != "" && s.classify(err).kind == missing {
 			return Attributes{}, ErrCondition
@@ -172,12 +178,12 @@ func date(metadata smithymiddleware.Metadata) time.Time {
 }
 
 func (s *s3Store) delete(ctx context.Context, key string) error {
-	_, err := s.api.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.bucket, Key: &key})
+	_, err := s.client().DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.bucket, Key: &key})
 	return err
 }
 
 func (s *s3Store) list(ctx context.Context, prefix, after, delimiter, token string) ([]Attributes, string, error) {
-	out, err := s.api.ListObjectsV2(ctx, &s3.ListObjectsV2Input{
+	out, err := s.client().ListObjectsV2(ctx, &s3.ListObjectsV2Input{
 		Bucket: &s.bucket, Prefix: &prefix, StartAfter: optional(after), Delimiter: optional(delimiter), ContinuationToken: optional(token),
 	})
 	if err != nil {

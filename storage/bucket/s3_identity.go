@@ -13,6 +13,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials/endpointcreds"
 	"github.com/aws/aws-sdk-go-v2/credentials/stscreds"
 	"github.com/aws/aws-sdk-go-v2/feature/ec2/imds"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 )
 
@@ -22,37 +23,47 @@ var errNoIdentity = errors.New("no identity")
 // identityPatience bounds a request for credentials.
 const identityPatience = 5 * time.Second
 
-// s3Identity finds whom to be, and in which region.
-func s3Identity(ctx context.Context, c Config, t transport) (aws.CredentialsProvider, string, error) {
-	region := c.S3.Region
-	for _, name := range []string{"AWS_REGION", "AWS_DEFAULT_REGION"} {
-		if region == "" {
-			region = os.Getenv(name)
-		}
-	}
-	if region == "" && c.S3.Endpoint != "" {
-		region = "us-east-1" // any will do
-	}
+// s3Clients makes clients that know whom to be, and in which region.
+func s3Clients(ctx context.Context, c Config, t transport, o s3.Options) (*reloading[*s3.Client], error) {
 	metadata := imds.New(imds.Options{HTTPClient: &http.Client{Timeout: identityPatience}, Retryer: aws.NopRetryer{}})
-	if region == "" {
-		ctx, cancel := context.WithTimeout(ctx, identityPatience)
-		defer cancel()
-		out, err := metadata.GetRegion(ctx, nil)
-		if err != nil {
-			return nil, "", errors.New("s3.region: is empty, and neither AWS_REGION nor the machine's metadata name a region: set it to the bucket's")
-		}
-		region = out.Region
+	var err error
+	if o.Region, err = s3Region(ctx, c.S3, metadata); err != nil {
+		return nil, err
 	}
-	if c.Credentials != "" {
-		files := &reloading[aws.Credentials]{dir: c.Credentials, names: []string{"accessKeyID", "secretAccessKey", "sessionToken"}, make: s3Keys}
-		if _, err := files.get(); err != nil {
-			return nil, "", err
+	clients := &reloading[*s3.Client]{dir: c.Credentials}
+	if c.Credentials == "" {
+		o.Credentials = aws.NewCredentialsCache(named{s3Ambient(o.Region, t, metadata)}, func(o *aws.CredentialsCacheOptions) {
+			o.ExpiryWindow = 2 * time.Minute
+		})
+		clients.make = func(map[string]string) (*s3.Client, error) { return s3.New(o), nil }
+	} else {
+		clients.names = []string{"accessKeyID", "secretAccessKey", "sessionToken"}
+		clients.make = func(files map[string]string) (*s3.Client, error) {
+			keys, err := s3Keys(files)
+			o.Credentials = aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, error) { return keys, nil })
+			return s3.New(o), err
 		}
-		return aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, error) { return files.get() }), region, nil
 	}
-	return aws.NewCredentialsCache(named{s3Ambient(region, t, metadata)}, func(o *aws.CredentialsCacheOptions) {
-		o.ExpiryWindow = 2 * time.Minute
-	}), region, nil
+	_, err = clients.get()
+	return clients, err
+}
+
+func s3Region(ctx context.Context, c *S3, metadata *imds.Client) (string, error) {
+	for _, region := range []string{c.Region, os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION")} {
+		if region != "" {
+			return region, nil
+		}
+	}
+	if c.Endpoint != "" {
+		return "us-east-1", nil // any will do
+	}
+	ctx, cancel := context.WithTimeout(ctx, identityPatience)
+	defer cancel()
+	out, err := metadata.GetRegion(ctx, nil)
+	if err != nil {
+		return "", errors.New("s3.region: is empty, and neither AWS_REGION nor the machine's metadata name a region: set it to the bucket's")
+	}
+	return out.Region, nil
 }
 
 func s3Keys(files map[string]string) (aws.Credentials, error) {

@@ -14,7 +14,7 @@ import (
 )
 
 func (s *s3Store) begin(ctx context.Context, key string, metadata map[string]string) (string, error) {
-	out, err := s.api.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
+	out, err := s.client().CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
 		Bucket: &s.bucket, Key: &key, ContentType: aws.String("application/octet-stream"), Metadata: metadata,
 	})
 	if err != nil {
@@ -24,7 +24,7 @@ func (s *s3Store) begin(ctx context.Context, key string, metadata map[string]str
 }
 
 func (s *s3Store) part(ctx context.Context, key, upload string, number int, content io.ReadSeeker, size int64) (Part, error) {
-	out, err := s.api.UploadPart(at(ctx, steady), &s3.UploadPartInput{
+	out, err := s.client().UploadPart(at(ctx, steady), &s3.UploadPartInput{
 		Bucket: &s.bucket, Key: &key, UploadId: &upload, PartNumber: aws.Int32(int32(number)), Body: content, ContentLength: &size,
 	})
 	if err != nil {
@@ -42,7 +42,7 @@ func (s *s3Store) complete(ctx context.Context, key, upload string, parts []Part
 	}
 	again := false
 	return s.try(ctx, func() error {
-		_, err := s.api.CompleteMultipartUpload(at(ctx, lengthy), &s3.CompleteMultipartUploadInput{
+		_, err := s.client().CompleteMultipartUpload(at(ctx, lengthy), &s3.CompleteMultipartUploadInput{
 			Bucket: &s.bucket, Key: &key, UploadId: &upload, MultipartUpload: &types.CompletedMultipartUpload{Parts: done},
 		})
 		if err != nil && again && s.classify(err).kind == missing && s.isComplete(ctx, key, size, len(parts)) {
@@ -61,14 +61,14 @@ func (s *s3Store) isComplete(ctx context.Context, key string, size int64, n int)
 }
 
 func (s *s3Store) abort(ctx context.Context, key, upload string) error {
-	_, err := s.api.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &s.bucket, Key: &key, UploadId: &upload})
+	_, err := s.client().AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &s.bucket, Key: &key, UploadId: &upload})
 	return err
 }
 
 // uploads keeps both markers of the protocol in one token.
 func (s *s3Store) uploads(ctx context.Context, prefix, token string) ([]Unfinished, string, error) {
 	key, id, _ := strings.Cut(token, "\n")
-	out, err := s.api.ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{
+	out, err := s.client().ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{
 		Bucket: &s.bucket, Prefix: &prefix, KeyMarker: optional(key), UploadIdMarker: optional(id),
 	})
 	if err != nil {
@@ -97,7 +97,7 @@ func (s *s3Store) copy(ctx context.Context, from, to string, metadata map[string
 		return s.copyParts(ctx, object, to, metadata)
 	}
 	return s.try(ctx, func() error {
-		_, err := s.api.CopyObject(at(ctx, lengthy), &s3.CopyObjectInput{
+		_, err := s.client().CopyObject(at(ctx, lengthy), &s3.CopyObjectInput{
 			Bucket: &s.bucket, Key: &to, CopySource: s.source(from),
 			MetadataDirective: types.MetadataDirectiveReplace, Metadata: metadata, ContentType: aws.String("application/octet-stream"),
 		})
@@ -146,7 +146,7 @@ func (s *s3Store) copyParts(ctx context.Context, from Attributes, to string, met
 
 func (s *s3Store) copyPart(ctx context.Context, from Attributes, to, upload string, number int, offset, size int64) (Part, error) {
 	size = min(size, from.Size-offset)
-	out, err := s.api.UploadPartCopy(at(ctx, lengthy), &s3.UploadPartCopyInput{
+	out, err := s.client().UploadPartCopy(at(ctx, lengthy), &s3.UploadPartCopyInput{
 		Bucket: &s.bucket, Key: &to, UploadId: &upload, PartNumber: aws.Int32(int32(number)),
 		CopySource: s.source(from.Key), CopySourceIfMatch: &from.Version, CopySourceRange: aws.String(byteRange(offset, size)),
 	})

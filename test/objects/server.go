@@ -76,6 +76,19 @@ func (s *Server) Kill() {
 	<-s.done
 }
 
+// grace is how long a server may take to end, though connections stay open.
+const grace = 10 * time.Second
+
+// Stop asks the server to end, and waits a while.
+func (s *Server) Stop() {
+	s.cmd.Process.Signal(syscall.SIGTERM) //nolint:errcheck // it may be gone already
+	select {
+	case <-s.done:
+	case <-time.After(grace):
+		s.Kill()
+	}
+}
+
 // Restart starts a server that was killed, at the same address with the same data.
 func (s *Server) Restart(ctx context.Context) error { return s.start(ctx) }
 
