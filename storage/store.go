@@ -133,7 +133,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 func openMedium(ctx context.Context, b bucket.Bucket, root string, log *slog.Logger) (medium, error) {
 	switch {
 	case b != nil:
-		return nil, fmt.Errorf("storage: %s: object stores cannot be used yet", b)
+		return openObjects(ctx, b, log)
 	case root != "":
 		return openDirectory(root, log)
 	default:

@@ -1,0 +1,25 @@
+package storage
+
+import (
+	"flag"
+	"testing"
+
+	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/distribution/distribution/v3/registry/storage/driver/testsuites"
+
+	"github.com/connected-registry/connected-registry/storage/internal/membucket"
+)
+
+// TestDriverSuite runs distribution's tests of a driver, with their smaller
+// contents: everything is in memory.
+func TestDriverSuite(t *testing.T) {
+	short := flag.Lookup("test.short").Value
+	before := short.String()
+	if err := short.Set("true"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = short.Set(before) }() // it took the same before
+	testsuites.Driver(t, func() (storagedriver.StorageDriver, error) {
+		return &bucketDriver{bucket: new(membucket.Bucket), part: partSize}, nil
+	}, false)
+}

@@ -1,0 +1,354 @@
+package storage
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"sync"
+	"time"
+
+	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
+
+	"github.com/connected-registry/connected-registry/storage/bucket"
+)
+
+// An upload that goes on over several requests, at whichever replica, is an
+// upload in parts of the object store and one small object beside its data,
+//
+//	…/_uploads/<id>/data.parts
+//
+// which says in a line of JSON what parts there are, and holds the bytes behind
+// them that do not fill one. It is replaced on condition that nobody else has,
+// so that of two who go on with the same upload one is told. What of it fits
+// one part never becomes an upload in parts.
+
+const (
+	uploadSuffix = ".parts"
+	partSize     = 8 << 20 // bytes; with 10,000 parts, 83 GB at most
+	maxParts     = 10_000
+	// uploadTime is how long one request about an upload may take. It goes on
+	// when the client is gone, who may come back for it.
+	uploadTime = 2 * time.Minute
+)
+
+// errContinued ends a writer behind whose back another has gone on.
+var errContinued = errors.New("the upload was continued by another")
+
+// uploadState is what the object beside an upload's data says.
+type uploadState struct {
+	Upload string        `json:"upload,omitempty"` // the object store's; empty: no part is full yet
+	Parts  []bucket.Part `json:"parts,omitempty"`
+	// Whole is set before the parts are put together: nothing can be added.
+	Whole bool `json:"whole,omitempty"`
+	// Nonce tells this state from one that another writer has put.
+	Nonce string `json:"nonce"`
+}
+
+func (s uploadState) size() (n int64) {
+	for _, p := range s.Parts {
+		n += p.Size
+	}
+	return n
+}
+
+// objectWriter writes the data of an upload.
+type objectWriter struct {
+	driver  *bucketDriver
+	ctx     context.Context // that of Writer, without its end
+	path    string
+	state   uploadState
+	version string // of the state as it is stored; empty: it is not
+	tail    *bytes.Buffer
+	part    int // bytes of every part but the last
+	size    int64
+	saved   int64 // size as it is stored
+	placed  bool  // the data is where Commit puts it
+	ended   bool
+	failed  error
+}
+
+var tails = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// Writer opens a file for writing, from the beginning or from its end on. What
+// was committed can be gone on with only if it is empty.
+func (d *bucketDriver) Writer(ctx context.Context, path string, appending bool) (storagedriver.FileWriter, error) {
+	if err := d.check(path); err != nil {
+		return nil, err
+	}
+	w := &objectWriter{driver: d, ctx: context.WithoutCancel(ctx), path: path, part: d.part, tail: tails.Get().(*bytes.Buffer)}
+	w.tail.Reset()
+	ctx, cancel := w.limit()
+	defer cancel()
+	err := w.recall(ctx)
+	if err == nil && appending {
+		err = w.recallPlaced(ctx)
+	} else if err == nil {
+		err = w.restart(ctx)
+	}
+	if err != nil {
+		w.release()
+		return nil, err
+	}
+	return w, nil
+}
+
+func (w *objectWriter) limit() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(w.ctx, uploadTime)
+}
+
+func (w *objectWriter) stateKey() string { return objectKey(w.path) + uploadSuffix }
+
+// recall reads what was stored of the upload.
+func (w *objectWriter) recall(ctx context.Context) error {
+	content, at, err := readObject(ctx, w.driver.bucket, w.stateKey())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	head, tail, ok := bytes.Cut(content, []byte("\n"))
+	if err := json.Unmarshal(head, &w.state); err != nil || !ok {
+		return fmt.Errorf("%s: what was received of the upload %s is damaged; begin it anew", w.driver.bucket, w.path)
+	}
+	w.tail.Write(tail)
+	if len(w.state.Parts) > 0 {
+		w.part = int(w.state.Parts[0].Size)
+	}
+	w.size = w.state.size() + int64(len(tail))
+	w.saved, w.version = w.size, at.Version
+	return nil
+}
+
+// recallPlaced finds out whether the data has been committed already.
+func (w *objectWriter) recallPlaced(ctx context.Context) error {
+	if w.version != "" && !w.state.Whole {
+		return nil
+	}
+	at, err := w.driver.bucket.Stat(ctx, objectKey(w.path))
+	if errors.Is(err, fs.ErrNotExist) {
+		if w.state.Upload == "" { // what there was is lost with whoever was about to place it
+			w.state, w.size, w.saved = uploadState{}, 0, 0
+		}
+		return nil
+	}
+	if err == nil && (at.Size > 0 || w.version != "") {
+		w.size, w.placed = at.Size, true
+	}
+	return err
+}
+
+// restart forgets what was stored.
+func (w *objectWriter) restart(ctx context.Context) error {
+	upload := w.state.Upload
+	if w.version != "" {
+		w.saved = -1
+	}
+	w.state, w.size, w.part = uploadState{}, 0, w.driver.part
+	w.tail.Reset()
+	if upload == "" {
+		return nil
+	}
+	return w.driver.bucket.Abort(ctx, objectKey(w.path), upload)
+}
+
+// Size is how many bytes have been written, before and now.
+func (w *objectWriter) Size() int64 { return w.size }
+
+// Write sends a part whenever there is one.
+func (w *objectWriter) Write(p []byte) (n int, err error) {
+	switch {
+	case w.failed != nil:
+		return 0, w.failed
+	case w.ended:
+		return 0, fmt.Errorf("writing %s: %w", w.path, fs.ErrClosed)
+	case len(p) > 0 && (w.placed || w.state.Whole):
+		return 0, fmt.Errorf("writing %s: it is complete already", w.path)
+	}
+	for len(p) > 0 {
+		fits := min(len(p), max(w.part-w.tail.Len(), 0))
+		w.tail.Write(p[:fits])
+		n, p = n+fits, p[fits:]
+		w.size += int64(fits)
+		if w.tail.Len() >= w.part {
+			if w.failed = w.send(); w.failed != nil {
+				return n, w.failed
+			}
+		}
+	}
+	return n, nil
+}
+
+// send makes a part of what there is.
+func (w *objectWriter) send() error {
+	ctx, cancel := w.limit()
+	defer cancel()
+	key := objectKey(w.path)
+	if len(w.state.Parts) >= maxParts {
+		return fmt.Errorf("writing %s: more than %d bytes: content of that size comes by synchronisation alone", w.path, int64(maxParts)*int64(w.part))
+	}
+	if w.state.Upload == "" {
+		upload, err := w.driver.bucket.Begin(ctx, key, nil)
+		if err != nil {
+			return err
+		}
+		w.state.Upload = upload
+	}
+	part, err := w.driver.bucket.Part(ctx, key, w.state.Upload, len(w.state.Parts)+1, bytes.NewReader(w.tail.Bytes()), int64(w.tail.Len()))
+	if err != nil {
+		return err
+	}
+	w.state.Parts = append(w.state.Parts, part)
+	w.tail.Reset()
+	return nil
+}
+
+func (w *objectWriter) save(ctx context.Context) error { return w.saveState(ctx, w.tail.Bytes()) }
+
+// saveState stores the state, if nobody else has.
+func (w *objectWriter) saveState(ctx context.Context, tail []byte) error {
+	w.state.Nonce = rand.Text()
+	head, err := json.Marshal(w.state)
+	if err != nil {
+		return err
+	}
+	content := append(append(head, '\n'), tail...)
+	at, err := w.driver.bucket.Put(ctx, w.stateKey(), content, nil, bucket.Conditions{Absent: w.version == "", Version: w.version})
+	if errors.Is(err, bucket.ErrCondition) {
+		return fmt.Errorf("writing %s: %w", w.path, errContinued)
+	}
+	if err == nil {
+		w.saved, w.version = w.size, at.Version
+	}
+	return err
+}
+
+// Close keeps what was written for whoever opens the file next.
+func (w *objectWriter) Close() error {
+	if w.ended {
+		return nil
+	}
+	defer w.release()
+	if w.failed != nil || w.placed || w.size == w.saved {
+		return w.failed
+	}
+	ctx, cancel := w.limit()
+	defer cancel()
+	return w.save(ctx)
+}
+
+// Cancel throws away what was written.
+func (w *objectWriter) Cancel(context.Context) error {
+	defer w.release()
+	ctx, cancel := w.limit()
+	defer cancel()
+	var err error
+	if w.state.Upload != "" {
+		err = w.driver.bucket.Abort(ctx, objectKey(w.path), w.state.Upload)
+	}
+	return errors.Join(err, w.driver.bucket.Delete(ctx, w.stateKey()), w.driver.bucket.Delete(ctx, objectKey(w.path)))
+}
+
+// Commit puts the data in its place.
+func (w *objectWriter) Commit(context.Context) error {
+	if w.failed != nil || w.placed {
+		return w.failed
+	}
+	ctx, cancel := w.limit()
+	defer cancel()
+	if w.failed = w.place(ctx); w.failed != nil {
+		return w.failed
+	}
+	w.placed = true
+	if w.version == "" {
+		return nil
+	}
+	return w.driver.bucket.Delete(ctx, w.stateKey())
+}
+
+func (w *objectWriter) place(ctx context.Context) error {
+	key := objectKey(w.path)
+	if w.state.Upload == "" {
+		return w.placeSmall(ctx, key)
+	}
+	if w.tail.Len() > 0 {
+		if err := w.send(); err != nil {
+			return err
+		}
+	}
+	// One writer at a time gets beyond this, and finds what another has placed
+	// before. So it is its own data that there is in the end.
+	again := w.state.Whole
+	w.state.Whole = true
+	if err := w.save(ctx); err != nil {
+		return err
+	}
+	at, err := w.driver.bucket.Stat(ctx, key)
+	switch {
+	case err == nil && again && at.Size == w.size:
+		return nil
+	case err == nil && at.Size > 0:
+		return fmt.Errorf("writing %s: %w", w.path, errContinued)
+	case ignoreAbsent(err) != nil:
+		return err
+	}
+	err = w.driver.bucket.Complete(ctx, key, w.state.Upload, w.state.Parts, nil)
+	if errors.Is(err, fs.ErrNotExist) { // it was, and the answer got lost
+		if at, statErr := w.driver.bucket.Stat(ctx, key); statErr == nil && at.Size == w.size {
+			return nil
+		}
+	}
+	return err
+}
+
+// placeSmall stores what never filled a part.
+func (w *objectWriter) placeSmall(ctx context.Context, key string) error {
+	if w.version != "" {
+		w.state.Whole = true
+		if err := w.saveState(ctx, nil); err != nil {
+			return err
+		}
+	}
+	_, err := w.driver.bucket.Put(ctx, key, w.tail.Bytes(), nil, bucket.Conditions{Absent: true})
+	if !errors.Is(err, bucket.ErrCondition) {
+		return err
+	}
+	// There is room for it where an empty file was committed.
+	at, err := w.driver.bucket.Stat(ctx, key)
+	if err == nil && at.Size == 0 {
+		_, err = w.driver.bucket.Put(ctx, key, w.tail.Bytes(), nil, bucket.Conditions{Version: at.Version})
+	} else if err == nil {
+		err = bucket.ErrCondition
+	}
+	if errors.Is(err, bucket.ErrCondition) || errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("writing %s: %w", w.path, errContinued)
+	}
+	return err
+}
+
+func (w *objectWriter) release() {
+	if w.tail != nil {
+		tails.Put(w.tail)
+	}
+	w.tail, w.ended = nil, true
+}
+
+// abortUpload throws away the parts of an upload whose state is about to be
+// deleted.
+func (d *bucketDriver) abortUpload(ctx context.Context, stateKey string) error {
+	r, _, err := d.bucket.Open(ctx, stateKey, 0, -1)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	defer r.Close()
+	var state uploadState
+	if err := json.NewDecoder(io.LimitReader(r, 4<<20)).Decode(&state); err != nil || state.Upload == "" {
+		return nil //nolint:nilerr // nobody can go on with it, and what it began is swept
+	}
+	return d.bucket.Abort(ctx, stateKey[:len(stateKey)-len(uploadSuffix)], state.Upload)
+}
