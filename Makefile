@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test clients e2e cluster cluster-down bench lint image manifests chart-deps
+.PHONY: build demo test clients objects e2e cluster cluster-down bench lint image manifests chart-deps
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -24,6 +24,15 @@ test:
 clients:
 	@./test/prepare gcc skopeo podman crun
 	go test -C test/clients -count=1 ./...
+
+# Real object stores; the first run compiles MinIO, for some minutes.
+objects: test/objects/azurite/node_modules
+	go test -C test/objects -count=1 -timeout 30m ./...
+
+test/objects/azurite/node_modules: test/objects/azurite/package-lock.json
+	@./test/prepare nodejs npm
+	npm ci --prefix test/objects/azurite --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 # What needs a real Kubernetes; the first run compiles one, for a quarter of an hour.
 e2e:
