@@ -31,8 +31,8 @@ var mayImport = map[string][]string{
 	"syncer":                     {"trust", "api/v1alpha1", "storage", "syncer/notify"},
 	"syncer/certificates":        {"trust", "api/v1alpha1"},
 	"syncer/notify":              {"api/v1alpha1"},
-	"syncer/controller":          {"api/v1alpha1", "clienttoken", "trust", "storage", "syncer", "syncer/certificates"},
-	"standalone":                 {"archive", "clienttoken", "trust", "api/v1alpha1", "storage", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
+	"syncer/controller":          {"api/v1alpha1", "clienttoken", "trust", "storage", "storage/bucket", "syncer", "syncer/certificates"},
+	"standalone":                 {"archive", "clienttoken", "trust", "api/v1alpha1", "storage", "storage/bucket", "agent", "registry", "registry/auth", "registry/cache", "syncer"},
 }
 
 // TestImports holds the packages to the picture in ARCHITECTURE.md.

@@ -15,13 +15,17 @@ import (
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/archive"
 	"github.com/connected-registry/connected-registry/storage"
+	"github.com/connected-registry/connected-registry/storage/bucket"
 	"github.com/connected-registry/connected-registry/syncer"
 )
 
-// CarryConfig says what is carried between a data directory and an archive.
+// CarryConfig says what is carried between a data directory, or an object store,
+// and an archive.
 type CarryConfig struct {
 	// Data is the data directory, as in Config. Required.
 	Data string
+	// Bucket is what the content lies in instead, as in Config. Nil: Data.
+	Bucket bucket.Bucket
 	// File is the archive. Required.
 	File string
 	// Logger takes the log. nil: none.
@@ -32,10 +36,10 @@ type CarryConfig struct {
 // the archive. The registry on that directory may go on running.
 func Export(ctx context.Context, c CarryConfig, wanted func(repository, tag string) bool, progress func(done, total int64)) (archive.ExportResult, error) {
 	root := filepath.Join(c.Data, "registry")
-	if _, err := os.Stat(root); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(root); c.Bucket == nil && errors.Is(err, fs.ErrNotExist) {
 		return archive.ExportResult{}, fmt.Errorf("there is no registry in %s: name the data directory with --data", c.Data)
 	}
-	store, err := storage.Open(ctx, storage.Config{Root: root, Logger: c.Logger})
+	store, err := storage.Open(ctx, storage.Config{Root: root, Bucket: c.Bucket, Logger: c.Logger})
 	if err != nil {
 		return archive.ExportResult{}, err
 	}
@@ -66,7 +70,7 @@ func Import(ctx context.Context, c CarryConfig, progress func(syncer.Event)) (sy
 	if errs := resource.Validate(); len(errs) > 0 {
 		return syncer.Result{}, fmt.Errorf("reading the archive: %w", errs.ToAggregate())
 	}
-	s, err := Open(ctx, Config{Resource: resource, Data: c.Data, Progress: progress, Logger: c.Logger})
+	s, err := Open(ctx, Config{Resource: resource, Data: c.Data, Bucket: c.Bucket, Progress: progress, Logger: c.Logger})
 	if err != nil {
 		return syncer.Result{}, err
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/registry/cache"
 	"github.com/connected-registry/connected-registry/storage"
+	"github.com/connected-registry/connected-registry/storage/bucket"
 	"github.com/connected-registry/connected-registry/syncer"
 	"github.com/connected-registry/connected-registry/trust"
 )
@@ -37,6 +38,9 @@ type Config struct {
 	// Data is the directory everything that is kept lies in; it is created
 	// when missing. One process at a time uses it. Required.
 	Data string
+	// Bucket is what the registry's content lies in instead; Data holds what is
+	// on its way there. Several processes may use it at a time. Nil: Data.
+	Bucket bucket.Bucket
 	// Secrets is where the Secrets that Resource names are found: a directory
 	// for each, a file for each key, as Kubernetes mounts them. Empty:
 	// Data/secrets.
@@ -112,7 +116,7 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	if s.unlock, err = lock(c.Data); err != nil {
 		return nil, err
 	}
-	if s.store, err = storage.Open(ctx, storage.Config{Root: filepath.Join(c.Data, "registry"), Logger: c.Logger}); err != nil {
+	if s.store, err = storage.Open(ctx, storage.Config{Root: filepath.Join(c.Data, "registry"), Bucket: c.Bucket, Logger: c.Logger}); err != nil {
 		return nil, err
 	}
 	sync, source, err := syncer.FromSpec(ctx, &c.Resource.Spec, secrets(c.Secrets))
@@ -250,7 +254,7 @@ func (s *Standalone) openRegistry(ctx context.Context, c Config) error {
 }
 
 // want has the syncer bring what a client asked for.
-func (s *Standalone) want(repository, reference string) {
+func (s *Standalone) want(_ context.Context, repository, reference string) {
 	if s.Syncer != nil && s.onDemand {
 		s.Syncer.Want(repository, reference)
 	}

@@ -15,7 +15,7 @@ import (
 )
 
 // readyTimeout bounds how long it takes to find out whether a process is ready:
-// a volume whose server is gone answers nothing at all.
+// storage that is gone may answer nothing at all.
 const readyTimeout = 2 * time.Second
 
 // health is the server that the kubelet and Prometheus ask: /healthz says that
@@ -75,7 +75,7 @@ func (h *health) serveReady(w http.ResponseWriter, r *http.Request) {
 
 // ask calls ready, and waits for it no longer than ctx lasts.
 func (h *health) ask(ctx context.Context) error {
-	late := errors.New("finding out takes too long: does the volume answer?")
+	late := errors.New("finding out takes too long: does the storage answer?")
 	select {
 	case h.turn <- struct{}{}:
 	case <-ctx.Done():

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -26,6 +25,7 @@ import (
 // replicaFlags are those of the command registry.
 type replicaFlags struct {
 	replica, tls, data, listen, healthListen string
+	storage                                  storageFlag
 	plainHTTP                                bool
 	drainDelay, drainTimeout                 time.Duration
 }
@@ -46,7 +46,8 @@ talks to nobody to serve a request.`,
 	f := cmd.Flags()
 	f.StringVar(&flags.replica, "replica", "/etc/connected-registry/replica", "directory with the settings: resource.yaml, secret, names and a file for each client token")
 	f.StringVar(&flags.tls, "tls", "/etc/connected-registry/tls", "directory with tls.crt and tls.key")
-	f.StringVar(&flags.data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry")
+	f.StringVar(&flags.data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry; with --storage, what is on its way there")
+	flags.storage.register(cmd)
 	f.StringVar(&flags.listen, "listen", ":8443", "address of the registry")
 	f.BoolVar(&flags.plainHTTP, "plain-http", false, "serve without TLS")
 	f.StringVar(&flags.healthListen, "health-listen", ":8081", "address of /healthz, /readyz and /metrics")
@@ -71,8 +72,11 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		return err
 	}
 	defer h.listener.Close()
-	root := filepath.Join(f.data, "registry")
-	store, err := storage.Open(ctx, storage.Config{Root: root, Logger: log})
+	objects, err := f.storage.open(ctx)
+	if err != nil {
+		return err
+	}
+	store, err := storage.Open(ctx, storage.Config{Root: filepath.Join(f.data, "registry"), Bucket: objects, Logger: log})
 	if err != nil {
 		return err
 	}
@@ -87,11 +91,11 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		return err
 	}
 	var leaving atomic.Bool
-	h.ready = func(context.Context) error {
+	h.ready = func(ctx context.Context) error {
 		if leaving.Load() {
 			return errors.New("about to end")
 		}
-		return readable(root)
+		return store.Ready(ctx)
 	}
 	// The replica ends a while after it was told to, so that requests which are
 	// on their way find it.
@@ -168,19 +172,6 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 	}
 	log.Info("serving", "registry", config.Listener.Addr(), "health", h.listener.Addr(), "mode", settings.Spec().Mode, "version", version)
 	return server, nil
-}
-
-// readable says whether the content can be reached.
-func readable(root string) error {
-	dir, err := os.Open(root)
-	if err != nil {
-		return fmt.Errorf("the data directory: %w", err)
-	}
-	defer dir.Close()
-	if _, err := dir.Readdirnames(1); err != nil {
-		return fmt.Errorf("the data directory: %w", err)
-	}
-	return nil
 }
 
 // sleep returns after d, or when ctx ends.

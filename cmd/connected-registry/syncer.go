@@ -21,6 +21,7 @@ import (
 // syncerFlags are those of the command syncer.
 type syncerFlags struct {
 	controller   controller.Config
+	storage      storageFlag
 	healthListen string
 	verbose      bool
 }
@@ -44,7 +45,8 @@ others wait. It reaches the API server as a pod does, or as $KUBECONFIG says.`,
 	f.StringVar(&c.Namespace, "namespace", "", "namespace of the ConnectedRegistry and of everything that belongs to it (required)")
 	f.StringVar(&c.Name, "name", "connected-registry", "name of the ConnectedRegistry")
 	f.StringVar(&c.Service, "service", "connected-registry", "name of the Service before the replicas")
-	f.StringVar(&c.Data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry")
+	f.StringVar(&c.Data, "data", "/var/lib/connected-registry", "directory that the content lies in, below registry; with --storage, what is on its way there")
+	flags.storage.register(cmd)
 	f.StringVar(&c.Identity, "identity", host, "what tells this process from others that want to lead: the pod's name")
 	f.StringVar(&flags.healthListen, "health-listen", ":8081", "address of /healthz, /readyz and /metrics")
 	f.BoolVar(&flags.verbose, "verbose", false, "log at level Debug, whatever spec.logLevel says")
@@ -64,6 +66,9 @@ func (f *syncerFlags) run(ctx context.Context, stderr io.Writer) error {
 	h.ready = func(context.Context) error { return nil } // it waits for nothing but its turn
 	config := f.controller
 	config.Version, config.Logger, config.Metrics = version, log, h.metrics
+	if config.Bucket, err = f.storage.open(ctx); err != nil {
+		return err
+	}
 	if f.verbose {
 		level.Set(slog.LevelDebug)
 	} else {

@@ -13,6 +13,7 @@ import (
 	"k8s.io/client-go/metadata"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage/bucket"
 	"github.com/connected-registry/connected-registry/syncer/certificates"
 )
 
@@ -33,6 +34,9 @@ type Config struct {
 	// Data is the directory that the content lies in, below registry. Only the
 	// leader touches it.
 	Data string
+	// Bucket is what the content lies in instead; Data holds what is on its way
+	// there. Nil: Data alone.
+	Bucket bucket.Bucket
 	// Version is the program's. Empty: unknown.
 	Version string
 	// Certificates sees to certificates. Nil: certificates.New.

@@ -88,7 +88,7 @@ func (l *loop) run(ctx context.Context) error {
 }
 
 func (l *loop) openStore(ctx context.Context) (*storage.Store, error) {
-	return storage.Open(ctx, storage.Config{Root: filepath.Join(l.config.Data, "registry"), Logger: l.log})
+	return storage.Open(ctx, storage.Config{Root: filepath.Join(l.config.Data, "registry"), Bucket: l.config.Bucket, Logger: l.log})
 }
 
 // first reads the resource, and waits for it. It is empty when ctx ended.
