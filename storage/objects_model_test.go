@@ -28,7 +28,7 @@ import (
 // the delays, which are random.
 
 const (
-	modelDays   = 25
+	modelDays   = 12
 	modelMinAge = time.Hour
 	modelGrace  = 10 * time.Minute
 	modelTags   = 2
@@ -149,7 +149,7 @@ func (c *modelClient) live(ctx context.Context) {
 func (c *modelClient) push(ctx context.Context, repo, tag string) (image modelImage, err error) {
 	began := time.Now()
 	for range 1 + c.rand.IntN(2) {
-		content := fmt.Appendf(nil, "layer %d", c.rand.IntN(15))
+		content := fmt.Appendf(nil, "layer %d", c.rand.IntN(40))
 		d := digest.FromBytes(content)
 		image.layers = append(image.layers, d)
 		if f, err := c.repo(repo).OpenLayer(ctx, d); err == nil {
@@ -261,7 +261,7 @@ func modelCollector(ctx context.Context, s *Store, r *rand.Rand) (deleted int) {
 		death := time.AfterFunc(upTo(r, 3*time.Hour), func() { life.dead.Store(true) })
 		for !life.dead.Load() && ctx.Err() == nil {
 			c, _ := s.pass(life.as(ctx), modelMinAge, modelGrace) // it goes on next time
-			deleted += c.Blobs
+			deleted += c.Blobs + c.Layers + c.Manifests
 			sleep(ctx, upTo(r, 20*time.Minute))
 		}
 		death.Stop()
@@ -270,7 +270,7 @@ func modelCollector(ctx context.Context, s *Store, r *rand.Rand) (deleted int) {
 }
 
 func modelSeeds() int {
-	n := 3
+	n := 2
 	if s := os.Getenv("STORAGE_TEST_SEEDS"); s != "" {
 		fmt.Sscan(s, &n)
 	}
@@ -328,7 +328,7 @@ func runModel(t *testing.T, seed uint64) {
 			t.Error(err)
 		}
 	}
-	t.Logf("%v pushes acknowledged, %d blobs deleted", told, deleted.Load())
+	t.Logf("%v pushes acknowledged, %d links and blobs deleted", told, deleted.Load())
 	for i, n := range told {
 		if n == 0 {
 			t.Errorf("client %d got nothing done", i)
