@@ -59,6 +59,7 @@ func TestEndToEnd(t *testing.T) {
 	w.prepare(t)
 
 	t.Run("plain manifests", w.testManifests)
+	t.Run("object storage", w.testObjects)
 	t.Run("install", w.testInstalls)
 	t.Run("built-in CA", w.testLife)
 	t.Run("caches", w.testCaches)

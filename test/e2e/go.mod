@@ -4,6 +4,7 @@ go 1.26.6
 
 require (
 	github.com/connected-registry/connected-registry/test/cluster v0.0.0
+	github.com/connected-registry/connected-registry/test/objects v0.0.0
 	github.com/google/go-cmp v0.7.0
 	github.com/google/go-containerregistry v0.22.1
 	go.uber.org/goleak v1.3.0
@@ -16,9 +17,13 @@ require (
 	github.com/opencontainers/go-digest v1.0.0 // indirect
 	github.com/opencontainers/image-spec v1.1.1 // indirect
 	github.com/sirupsen/logrus v1.9.4 // indirect
-	golang.org/x/sync v0.22.0 // indirect
+	golang.org/x/sync v0.24.0 // indirect
 	golang.org/x/sys v0.49.0 // indirect
 	gotest.tools/v3 v3.5.2 // indirect
 )
 
 replace github.com/connected-registry/connected-registry/test/cluster => ../cluster
+
+replace github.com/connected-registry/connected-registry/test/objects => ../objects
+
+replace github.com/connected-registry/connected-registry => ../..
