@@ -24,7 +24,7 @@ const maxManifest = 4 << 20
 func (s *Server) getManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string) error {
 	err := s.sendManifest(w, r, repo, ref)
 	if s.cfg.Missing != nil && errors.Is(err, errManifestUnknown) {
-		s.cfg.Missing(repo.Name(), ref)
+		s.cfg.Missing(r.Context(), repo.Name(), ref)
 	}
 	return err
 }

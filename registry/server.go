@@ -44,7 +44,7 @@ type Config struct {
 	// Missing is told of manifests that clients who may read them asked for, by
 	// tag or digest, and that are not here. It must not take long: the client
 	// waits for its 404. Nil: nobody is told.
-	Missing func(repository, reference string)
+	Missing func(ctx context.Context, repository, reference string)
 	// MaxUploads is how many requests that bring blobs are served at once; more
 	// wait for a while and are then asked to come again. 0: 64.
 	MaxUploads int

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -83,7 +82,7 @@ func NewDuties(ctx context.Context, c DutiesConfig) (*Duties, error) {
 
 func newNotifier(ctx context.Context, c DutiesConfig, ttl time.Duration, log *slog.Logger) (*notify.Notifier, error) {
 	config := notify.Config{
-		Dir:     filepath.Join(c.Store.Root(), "notifications"),
+		Notes:   c.Store.Notes("notifications"),
 		Source:  "/connectedregistries/" + c.Name,
 		TTL:     ttl,
 		Logger:  log,
@@ -109,7 +108,7 @@ func newNotifier(ctx context.Context, c DutiesConfig, ttl time.Duration, log *sl
 		}
 		config.Receivers = append(config.Receivers, r)
 	}
-	return notify.New(config)
+	return notify.New(ctx, config)
 }
 
 // headerValue is a Secret's content as the value of a header: without the line
@@ -143,8 +142,8 @@ func (d *Duties) Run(ctx context.Context) error {
 }
 
 // changed tells of what a client did.
-func (d *Duties) changed(e storage.Entry) error {
-	return d.notifier.Add(notify.Event{
+func (d *Duties) changed(ctx context.Context, e storage.Entry) error {
+	return d.notifier.Add(ctx, notify.Event{
 		Time:       e.Time,
 		Delete:     e.Action == storage.ActionDelete,
 		Repository: e.Repository,
@@ -156,13 +155,19 @@ func (d *Duties) changed(e storage.Entry) error {
 	})
 }
 
+// tellTimeout bounds how long it takes to keep an event, or to tell of what is
+// missing.
+const tellTimeout = 10 * time.Second
+
 // Progress tells of what a synchronisation brought and removed. It is for
 // Config.Progress.
 func (d *Duties) Progress(e Event) {
 	if d.notifier == nil || e.Kind != EventTagged && e.Kind != EventRemoved {
 		return
 	}
-	err := d.notifier.Add(notify.Event{
+	ctx, cancel := context.WithTimeout(context.Background(), tellTimeout) // what has happened is told in any case
+	defer cancel()
+	err := d.notifier.Add(ctx, notify.Event{
 		Time:       time.Now(),
 		Delete:     e.Kind == EventRemoved,
 		Repository: e.Repository,

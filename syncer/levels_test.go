@@ -159,7 +159,7 @@ func TestMissingIsTold(t *testing.T) {
 	}
 	defer store.Close()
 	var told []string
-	server, err := registry.New(registry.Config{Store: store, Missing: func(repository, reference string) {
+	server, err := registry.New(registry.Config{Store: store, Missing: func(_ context.Context, repository, reference string) {
 		told = append(told, repository+" "+reference)
 	}})
 	if err != nil {

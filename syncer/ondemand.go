@@ -6,18 +6,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
@@ -29,9 +25,9 @@ import (
 // yet. It does so by a small file in the storage that both share, since they run
 // on different machines and need not know of one another.
 type OnDemand struct {
-	dir  string
-	spec func() *v1alpha1.Spec
-	log  *slog.Logger
+	notes storage.Notes
+	spec  func() *v1alpha1.Spec
+	log   *slog.Logger
 
 	mu         sync.Mutex         // guards what follows
 	lately     map[wish]time.Time // told
@@ -53,17 +49,19 @@ const tellAgain = 10 * time.Second
 // asked each time, and returns another pointer when something has changed; log
 // takes what goes wrong.
 func NewOnDemand(store *storage.Store, spec func() *v1alpha1.Spec, log *slog.Logger) *OnDemand {
-	return &OnDemand{dir: filepath.Join(store.Root(), onDemandDir), spec: spec, log: log, lately: make(map[wish]time.Time)}
+	return &OnDemand{notes: store.Notes(onDemandDir), spec: spec, log: log, lately: make(map[wish]time.Time)}
 }
 
 // Missing takes note that a client asked for a manifest that is not here. What is
 // not selected is not told. It is fit for registry.Config.Missing.
-func (o *OnDemand) Missing(repository, reference string) {
+func (o *OnDemand) Missing(ctx context.Context, repository, reference string) {
 	w := wish{repository, reference}
 	if !w.valid() || !o.due(w, time.Now()) {
 		return
 	}
-	if err := o.tell(w); err != nil {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tellTimeout) // the client may give up, and others wait, too
+	defer cancel()
+	if err := o.tell(ctx, w); err != nil {
 		o.log.Warn("the syncer could not be told what a client waits for", "repository", repository, "reference", reference, "error", err)
 	}
 }
@@ -125,25 +123,10 @@ func isFirst(lately map[wish]time.Time, w wish, now time.Time) bool {
 // tell leaves a file for the syncer. There are only so many names for them: where
 // two wishes have the same, the later one is in, and the other is told again by
 // the next who asks.
-func (o *OnDemand) tell(w wish) error {
+func (o *OnDemand) tell(ctx context.Context, w wish) error {
 	text := w.repository + "\n" + w.reference + "\n"
-	if err := os.MkdirAll(o.dir, 0o777); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(o.dir, ".new-")
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(text)
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		sum := sha256.Sum256([]byte(text))
-		err = os.Rename(f.Name(), filepath.Join(o.dir, hex.EncodeToString(sum[:])[:3]))
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	sum := sha256.Sum256([]byte(text))
+	return o.notes.Write(ctx, hex.EncodeToString(sum[:])[:3], []byte(text))
 }
 
 // mayHave reports whether a tag is selected, as far as that can be told without
@@ -312,78 +295,56 @@ func keep(all []want, ok func(want) bool) (kept []want) {
 	return kept
 }
 
-// pollWishes is how often the storage is looked at for wishes: where it is on
-// another machine, nothing tells that there are some.
+// pollWishes is how often the storage is looked at for wishes: it is on another
+// machine, from where nothing tells that there are some.
 const pollWishes = time.Second
 
 // watchWishes reads what replicas leave in the storage, until ctx ends.
 func (s *Syncer) watchWishes(ctx context.Context) error {
-	dir := filepath.Join(s.store.content.Root(), onDemandDir)
-	if err := os.MkdirAll(dir, 0o777); err != nil {
-		return writing("making room for what replicas ask for", err)
-	}
-	var events chan fsnotify.Event
-	if watcher, err := fsnotify.NewWatcher(); err == nil {
-		defer func() { _ = watcher.Close() }() // it only read
-		if watcher.Add(dir) == nil {
-			events = watcher.Events
-		}
-	}
+	notes := s.store.content.Notes(onDemandDir)
 	tick := time.NewTicker(pollWishes)
 	defer tick.Stop()
 	for {
-		if err := s.readWishes(dir); err != nil {
+		if err := s.readWishes(ctx, notes); err != nil && ctx.Err() == nil {
 			s.config.Logger.Warn("what replicas ask for cannot be read", "error", err)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-		case <-events:
 		}
 	}
 }
 
-// maxWish bounds a file that holds a wish.
+// maxWish bounds what holds a wish.
 const maxWish = 1 << 10
 
-// readWishes takes the files in dir.
-func (s *Syncer) readWishes(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".") {
-			continue // being written
-		}
-		name := filepath.Join(dir, e.Name())
-		w, readErr := readWish(name)
+// readWishes takes the wishes that were left.
+func (s *Syncer) readWishes(ctx context.Context, notes storage.Notes) error {
+	names, err := notes.List(ctx, "")
+	for _, name := range names {
+		text, readErr := notes.Read(ctx, name)
 		if errors.Is(readErr, fs.ErrNotExist) {
 			continue
 		}
-		err = errors.Join(err, readErr, os.RemoveAll(name))
-		if readErr == nil {
+		err = errors.Join(err, readErr, notes.Remove(ctx, name))
+		if readErr != nil {
+			continue
+		}
+		if w, ok := parseWish(text); ok {
 			s.Want(w.repository, w.reference)
+		} else {
+			err = errors.Join(err, fmt.Errorf("%s/%s does not name a manifest", onDemandDir, name))
 		}
 	}
 	return err
 }
 
-func readWish(name string) (wish, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return wish{}, err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxWish))
-	if err != nil {
-		return wish{}, err
+func parseWish(text []byte) (w wish, ok bool) {
+	if len(text) > maxWish {
+		return wish{}, false
 	}
 	repository, rest, _ := strings.Cut(string(text), "\n")
-	w := wish{repository, strings.TrimSuffix(rest, "\n")}
-	if !w.valid() {
-		return wish{}, fmt.Errorf("%s does not name a manifest", name)
-	}
-	return w, nil
+	w = wish{repository, strings.TrimSuffix(rest, "\n")}
+	return w, w.valid()
 }

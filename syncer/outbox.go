@@ -50,7 +50,7 @@ type OutboxConfig struct {
 	ChunkSize int64
 	// Notify is told of each change, at least once, before it is forgotten. nil:
 	// nobody is.
-	Notify func(storage.Entry) error
+	Notify func(context.Context, storage.Entry) error
 	// Logger takes the log. nil: none.
 	Logger *slog.Logger
 	// Metrics registers the outbox's metrics. nil: none are kept.
@@ -205,7 +205,7 @@ func (o *Outbox) look(ctx context.Context) error {
 		return err
 	}
 	o.count(ctx, entries)
-	o.tell(entries)
+	o.tell(ctx, entries)
 	if len(entries) == 0 || time.Now().Before(o.down.until) {
 		return nil
 	}
@@ -282,7 +282,7 @@ func (o *Outbox) count(ctx context.Context, entries []storage.Entry) {
 }
 
 // tell tells of the changes that are new.
-func (o *Outbox) tell(entries []storage.Entry) {
+func (o *Outbox) tell(ctx context.Context, entries []storage.Entry) {
 	if o.config.Notify == nil {
 		return
 	}
@@ -292,7 +292,7 @@ func (o *Outbox) tell(entries []storage.Entry) {
 		if o.told[e.ID] {
 			continue
 		}
-		if err := o.config.Notify(e); err != nil {
+		if err := o.config.Notify(ctx, e); err != nil {
 			o.config.Logger.Error("a change cannot be told of", "repository", e.Repository, "error", err)
 		}
 	}

@@ -1,6 +1,7 @@
 package syncer
 
 import (
+	"context"
 	"crypto/x509"
 	"fmt"
 	"io"
@@ -64,7 +65,7 @@ func newOutboxFixture(t *testing.T, configure func(*OutboxConfig)) *outboxFixtur
 	config := OutboxConfig{
 		Store:  f.here,
 		Parent: Parent{Endpoint: strings.TrimPrefix(server.URL, "http://"), Insecure: true},
-		Notify: func(e storage.Entry) error { f.told = append(f.told, e); return nil },
+		Notify: func(_ context.Context, e storage.Entry) error { f.told = append(f.told, e); return nil },
 		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
 	}
 	if configure != nil {

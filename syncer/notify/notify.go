@@ -2,9 +2,8 @@
 // registry: as CloudEvents 1.0 in the structured mode of its HTTP protocol
 // binding, durably, in order for each receiver, and at least once.
 //
-// An event that waits is a file in a directory on the registry's storage, one
-// for each receiver, so that it survives the process and is sent by the next
-// leader. It holds no secrets: a receiver's URL and credentials come from the
+// An event that waits is a note on the registry's storage, in a folder for each
+// receiver, so that it survives the process and is sent by the next leader. It holds no secrets: a receiver's URL and credentials come from the
 // configuration whenever it is sent.
 //
 // It may import api.
@@ -91,8 +90,8 @@ func (r Receiver) id() string {
 
 // Config is what a Notifier needs.
 type Config struct {
-	// Dir is where events wait; it is created when missing. Required.
-	Dir string
+	// Notes are where events wait. Required.
+	Notes Notes
 	// Source is the event's source attribute, a URI reference that names this
 	// registry. Required.
 	Source string
@@ -114,7 +113,7 @@ type Stats struct {
 	Waiting int
 	// Delivered were sent since the start.
 	Delivered int
-	// Dead were given up since the start. They stay in Dir/dead, the latest
+	// Dead were given up since the start. They stay in the folder dead, the latest
 	// thousand.
 	Dead int
 	// LastError is why the last attempt failed; empty after one that did not.
@@ -139,15 +138,15 @@ type receiver struct {
 	more chan struct{} // holds a value when something was added
 }
 
-// New checks the configuration and the directory. It sends nothing.
-func New(c Config) (*Notifier, error) {
+// New checks the configuration and what waits. It sends nothing.
+func New(ctx context.Context, c Config) (*Notifier, error) {
 	if c.TTL == 0 {
 		c.TTL = 48 * time.Hour
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	spool, err := openSpool(c.Dir)
+	spool, err := openSpool(ctx, c.Notes)
 	if err != nil {
 		return nil, fmt.Errorf("notifications: %w", err)
 	}
@@ -182,7 +181,7 @@ func New(c Config) (*Notifier, error) {
 
 // Add keeps an event for every receiver that wants it, durably when it returns.
 // An error says that some of them will not get it.
-func (n *Notifier) Add(e Event) error {
+func (n *Notifier) Add(ctx context.Context, e Event) error {
 	var errs []error
 	for id, r := range n.receivers {
 		if !r.wants(e) {
@@ -193,7 +192,7 @@ func (n *Notifier) Add(e Event) error {
 			errs = append(errs, fmt.Errorf("notifications: %d events wait for receiver %s already: the %s of %s is not sent: see that it answers", maxWaiting, id, e.action(), e.Repository))
 			continue
 		}
-		if err := n.spool.add(id, newMessage(n.config.Source, e)); err != nil {
+		if err := n.spool.add(ctx, id, newMessage(n.config.Source, e)); err != nil {
 			errs = append(errs, fmt.Errorf("notifications: keeping the %s of %s: %w", e.action(), e.Repository, err))
 			continue
 		}
@@ -235,7 +234,7 @@ func (n *Notifier) bury(count int) {
 // Run sends until ctx ends, then returns nil.
 func (n *Notifier) Run(ctx context.Context) error {
 	defer n.client.CloseIdleConnections()
-	if gone, err := n.spool.forget(n.receivers); err != nil {
+	if gone, err := n.spool.forget(ctx, n.receivers); err != nil {
 		n.config.Logger.Error("events of receivers that are gone cannot be put away", "error", err)
 	} else if gone > 0 {
 		n.bury(gone)

@@ -23,6 +23,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
+	"github.com/connected-registry/connected-registry/storage"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -74,10 +75,23 @@ func (r *remote) got() []string {
 	return append([]string(nil), r.subjects...)
 }
 
+// folder is that of the notes in a store.
+const folder = "notifications"
+
+func notesIn(t *testing.T, dir string) Notes {
+	t.Helper()
+	store, err := storage.Open(t.Context(), storage.Config{Root: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() }) // never fails
+	return store.Notes(folder)
+}
+
 func mustNew(t *testing.T, c Config) *Notifier {
 	t.Helper()
 	c.Source = "/connectedregistries/edge"
-	n, err := New(c)
+	n, err := New(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +127,7 @@ func TestSend(t *testing.T) {
 		w.WriteHeader(http.StatusAccepted)
 	}))
 	defer server.Close()
-	n := mustNew(t, Config{Dir: t.TempDir(), Metrics: prometheus.NewRegistry(), Receivers: []Receiver{{
+	n := mustNew(t, Config{Notes: notesIn(t, t.TempDir()), Metrics: prometheus.NewRegistry(), Receivers: []Receiver{{
 		Patterns: patterns(t, "team/*:push"), URL: server.URL + "/hook?key=hunter2", Authorization: "Bearer hunter3",
 	}}})
 	stop := run(t, n)
@@ -123,7 +137,7 @@ func TestSend(t *testing.T) {
 		{Time: time.Now(), Repository: "team/app", Tag: "v1", Delete: true},
 		{Time: time.Date(2026, 1, 31, 13, 0, 0, 0, time.FixedZone("", 3600)), Repository: "team/app", Tag: "v1", Digest: someDigest, MediaType: "application/x", Size: 7, Actor: "ci"},
 	} {
-		if err := n.Add(e); err != nil {
+		if err := n.Add(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -164,12 +178,12 @@ func TestRetry(t *testing.T) {
 			}
 			return http.StatusOK, nil, nil
 		}}
-		n := mustNew(t, Config{Dir: t.TempDir(), Transport: r, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})), Receivers: []Receiver{{
+		n := mustNew(t, Config{Notes: notesIn(t, t.TempDir()), Transport: r, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})), Receivers: []Receiver{{
 			Patterns: patterns(t, "*:*"), URL: "http://hunter2.example/hunter2", Authorization: "hunter2",
 		}}})
 		stop := run(t, n)
 		for _, tag := range []string{"v1", "v2"} {
-			if err := n.Add(push(tag)); err != nil {
+			if err := n.Add(t.Context(), push(tag)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -200,10 +214,10 @@ func TestDeadLetters(t *testing.T) {
 			}
 			return http.StatusInternalServerError, nil, nil
 		}}
-		n := mustNew(t, Config{Dir: dir, Transport: r, TTL: time.Hour, Receivers: []Receiver{{Patterns: patterns(t, "*:*"), URL: "http://a.example"}}})
+		n := mustNew(t, Config{Notes: notesIn(t, dir), Transport: r, TTL: time.Hour, Receivers: []Receiver{{Patterns: patterns(t, "*:*"), URL: "http://a.example"}}})
 		stop := run(t, n)
 		for _, tag := range []string{"v1", "v2"} {
-			if err := n.Add(push(tag)); err != nil {
+			if err := n.Add(t.Context(), push(tag)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -215,7 +229,7 @@ func TestDeadLetters(t *testing.T) {
 		if last := r.times[len(r.times)-1].Sub(r.times[1]); last > time.Hour {
 			t.Errorf("the second event was tried for %s", last)
 		}
-		if dead, err := os.ReadDir(filepath.Join(dir, deadDir)); err != nil || len(dead) != 2 {
+		if dead, err := os.ReadDir(filepath.Join(dir, folder, deadDir)); err != nil || len(dead) != 2 {
 			t.Errorf("dead letters kept: %v, %v", dead, err)
 		}
 	})
@@ -228,9 +242,9 @@ func TestRestart(t *testing.T) {
 		dir := t.TempDir()
 		stays := Receiver{Patterns: patterns(t, "*:push"), URL: "http://stays.example"}
 		goes := Receiver{Patterns: patterns(t, "*:*"), URL: "http://goes.example"}
-		n := mustNew(t, Config{Dir: dir, Receivers: []Receiver{stays, goes}})
+		n := mustNew(t, Config{Notes: notesIn(t, dir), Receivers: []Receiver{stays, goes}})
 		for i := range 12 {
-			if err := n.Add(push(fmt.Sprintf("v%d", i))); err != nil {
+			if err := n.Add(t.Context(), push(fmt.Sprintf("v%d", i))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -238,12 +252,12 @@ func TestRestart(t *testing.T) {
 			t.Errorf("%d wait", got)
 		}
 		for name, content := range map[string]string{"9-cut.json.new": `{"specv`, "00000000000000000001-junk.json": "junk", "README": "mine"} {
-			if err := os.WriteFile(filepath.Join(dir, stays.id(), name), []byte(content), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, folder, stays.id(), name), []byte(content), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
 		r := &remote{}
-		n = mustNew(t, Config{Dir: dir, Transport: r, Receivers: []Receiver{stays}})
+		n = mustNew(t, Config{Notes: notesIn(t, dir), Transport: r, Receivers: []Receiver{stays}})
 		stop := run(t, n)
 		time.Sleep(time.Minute)
 		stop()
@@ -257,16 +271,16 @@ func TestRestart(t *testing.T) {
 		if got := n.Stats(); got.Delivered != 12 || got.Waiting != 0 || got.Dead != 13 {
 			t.Errorf("%+v", got)
 		}
-		if _, err := os.Stat(filepath.Join(dir, stays.id(), "9-cut.json.new")); !errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(dir, folder, stays.id(), "9-cut.json.new")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("what a crash left is still there: %v", err)
 		}
 	})
 }
 
 func TestTooMany(t *testing.T) {
-	n := mustNew(t, Config{Dir: t.TempDir(), Receivers: []Receiver{{Patterns: patterns(t, "*:*"), URL: "http://a.example"}}})
+	n := mustNew(t, Config{Notes: notesIn(t, t.TempDir()), Receivers: []Receiver{{Patterns: patterns(t, "*:*"), URL: "http://a.example"}}})
 	n.spool.waiting[n.config.Receivers[0].id()] = maxWaiting
-	if err := n.Add(push("v1")); err == nil || n.Stats().Dead != 1 {
+	if err := n.Add(t.Context(), push("v1")); err == nil || n.Stats().Dead != 1 {
 		t.Errorf("error %v, %+v", err, n.Stats())
 	}
 }

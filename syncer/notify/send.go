@@ -16,7 +16,7 @@ import (
 // serve sends what waits for one receiver, in order, until ctx ends.
 func (n *Notifier) serve(ctx context.Context, id string, r *receiver) {
 	for ctx.Err() == nil {
-		names, err := n.spool.list(id)
+		names, err := n.spool.list(ctx, id)
 		if err != nil {
 			n.config.Logger.Error("events cannot be read", "receiver", id, "error", err)
 			wait(ctx, longBackoff, nil)
@@ -33,11 +33,17 @@ func (n *Notifier) serve(ctx context.Context, id string, r *receiver) {
 
 // deliver sends one event until it is taken, given up, or ctx ends.
 func (n *Notifier) deliver(ctx context.Context, id string, r *receiver, name string) {
-	m, err := n.spool.read(id, name)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			n.giveUp(id, name, err)
-		}
+	m, err := n.spool.read(ctx, id, name)
+	switch {
+	case err == nil:
+	case errors.Is(err, fs.ErrNotExist):
+		return
+	case errors.Is(err, errMessage):
+		n.giveUp(ctx, id, name, err)
+		return
+	default:
+		n.config.Logger.Error("an event cannot be read", "receiver", id, "event", name, "error", err)
+		wait(ctx, firstBackoff, nil)
 		return
 	}
 	for backoff := firstBackoff; ctx.Err() == nil; backoff = min(2*backoff, longBackoff) {
@@ -47,13 +53,14 @@ func (n *Notifier) deliver(ctx context.Context, id string, r *receiver, name str
 		}
 		n.note(err)
 		if err == nil {
-			if err := n.spool.remove(id, name); err != nil {
+			// However late: it would be sent again.
+			if err := n.spool.remove(context.WithoutCancel(ctx), id, name); err != nil {
 				n.config.Logger.Error("an event that was sent cannot be removed, and will be sent again", "receiver", id, "error", err)
 			}
 			return
 		}
 		if final(err) || time.Since(m.Time)+backoff > n.config.TTL {
-			n.giveUp(id, name, err)
+			n.giveUp(ctx, id, name, err)
 			return
 		}
 		n.config.Logger.Debug("an event was not taken", "receiver", id, "event", m.ID, "error", err)
@@ -73,10 +80,10 @@ func (n *Notifier) note(err error) {
 	n.delivered.Inc()
 }
 
-func (n *Notifier) giveUp(id, name string, why error) {
+func (n *Notifier) giveUp(ctx context.Context, id, name string, why error) {
 	n.bury(1)
 	n.config.Logger.Warn("an event is given up", "receiver", id, "event", name, "error", why)
-	if err := n.spool.bury(id, name); err != nil {
+	if err := n.spool.bury(ctx, id, name); err != nil {
 		n.config.Logger.Error("a dead letter cannot be put away", "receiver", id, "error", err)
 	}
 }

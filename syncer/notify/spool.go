@@ -1,26 +1,38 @@
 package notify
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 )
 
-// spool is the directory in which events wait:
+// Notes are small files in folders, of which every process that may come to send
+// events sees the same.
+type Notes interface {
+	// Read returns what a note says. The error is fs.ErrNotExist when there is
+	// none.
+	Read(ctx context.Context, name string) ([]byte, error)
+	// Write puts a note in one step in the place of what there is, durably.
+	Write(ctx context.Context, name string, content []byte) error
+	// List returns what is below a path that is empty or ends in a slash,
+	// sorted; folders end in a slash. The path need not be there.
+	List(ctx context.Context, path string) ([]string, error)
+	// Remove removes a note or an empty folder. What is not there is no error.
+	Remove(ctx context.Context, name string) error
+}
+
+// spool is where events wait:
 //
 //	<receiver>/<nanoseconds, 20 digits>-<id>.json
 //	dead/<the same>
 //
 // One process writes it, the leader.
 type spool struct {
-	dir string
+	notes Notes
 
 	mu      sync.Mutex
 	waiting map[string]int // by receiver
@@ -28,24 +40,24 @@ type spool struct {
 }
 
 const (
-	deadDir = "dead"
+	deadDir = "dead/"
 	suffix  = ".json"
+	// cutShort ends the names of what earlier versions were writing when their
+	// process died.
+	cutShort = ".new"
 )
 
-func openSpool(dir string) (*spool, error) {
-	if err := os.MkdirAll(filepath.Join(dir, deadDir), 0o755); err != nil {
-		return nil, err
-	}
-	s := &spool{dir: dir, waiting: make(map[string]int)}
-	receivers, err := s.receivers()
+func openSpool(ctx context.Context, notes Notes) (*spool, error) {
+	s := &spool{notes: notes, waiting: make(map[string]int)}
+	receivers, err := s.receivers(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, r := range receivers {
-		if err := s.clear(r); err != nil {
+		if err := s.clear(ctx, r); err != nil {
 			return nil, err
 		}
-		names, err := s.list(r)
+		names, err := s.list(ctx, r)
 		if err != nil {
 			return nil, err
 		}
@@ -54,36 +66,38 @@ func openSpool(dir string) (*spool, error) {
 	return s, nil
 }
 
-func (s *spool) receivers() ([]string, error) {
-	entries, err := os.ReadDir(s.dir)
+func (s *spool) receivers(ctx context.Context) ([]string, error) {
+	entries, err := s.notes.List(ctx, "")
 	if err != nil {
 		return nil, err
 	}
 	var names []string
 	for _, e := range entries {
-		if e.IsDir() && e.Name() != deadDir {
-			names = append(names, e.Name())
+		if name, folder := strings.CutSuffix(e, "/"); folder && e != deadDir {
+			names = append(names, name)
 		}
 	}
 	return names, nil
 }
 
 // list names what waits for a receiver, the earliest first.
-func (s *spool) list(receiver string) ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(s.dir, receiver))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+func (s *spool) list(ctx context.Context, receiver string) ([]string, error) {
+	return s.ending(ctx, receiver+"/", suffix)
+}
+
+// ending lists the notes in a folder whose names end so.
+func (s *spool) ending(ctx context.Context, folder, end string) ([]string, error) {
+	entries, err := s.notes.List(ctx, folder)
 	if err != nil {
 		return nil, err
 	}
 	var names []string
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), suffix) {
-			names = append(names, e.Name())
+		if strings.HasSuffix(e, end) {
+			names = append(names, e)
 		}
 	}
-	return names, nil // sorted, as os.ReadDir does
+	return names, nil
 }
 
 func (s *spool) count(receiver string) int {
@@ -93,7 +107,7 @@ func (s *spool) count(receiver string) int {
 }
 
 // add keeps a message: whole and durable under its name, or not at all.
-func (s *spool) add(receiver string, m message) error {
+func (s *spool) add(ctx context.Context, receiver string, m message) error {
 	body, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -101,27 +115,17 @@ func (s *spool) add(receiver string, m message) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.last = max(s.last+1, time.Now().UnixNano())
-	dir := filepath.Join(s.dir, receiver)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	name := filepath.Join(dir, fmt.Sprintf("%020d-%s%s", s.last, m.ID, suffix))
-	temporary := name + ".new" // a crash may leave one, which the next start removes
-	if err := writeDurably(temporary, body); err != nil {
-		_ = os.Remove(temporary)
-		return err
-	}
-	if err := os.Rename(temporary, name); err != nil {
+	if err := s.notes.Write(ctx, fmt.Sprintf("%s/%020d-%s%s", receiver, s.last, m.ID, suffix), body); err != nil {
 		return err
 	}
 	s.waiting[receiver]++
-	return syncDir(dir)
+	return nil
 }
 
 // read returns a message. Its error wraps fs.ErrNotExist when it is gone, and
 // errMessage when it is not one.
-func (s *spool) read(receiver, name string) (message, error) {
-	body, err := os.ReadFile(filepath.Join(s.dir, receiver, name))
+func (s *spool) read(ctx context.Context, receiver, name string) (message, error) {
+	body, err := s.notes.Read(ctx, receiver+"/"+name)
 	if err != nil {
 		return message{}, err
 	}
@@ -135,8 +139,8 @@ func (s *spool) read(receiver, name string) (message, error) {
 var errMessage = errors.New("is not an event")
 
 // remove takes away a message that was delivered.
-func (s *spool) remove(receiver, name string) error {
-	err := os.Remove(filepath.Join(s.dir, receiver, name))
+func (s *spool) remove(ctx context.Context, receiver, name string) error {
+	err := s.notes.Remove(ctx, receiver+"/"+name)
 	if err == nil {
 		s.mu.Lock()
 		s.waiting[receiver]--
@@ -146,27 +150,30 @@ func (s *spool) remove(receiver, name string) error {
 }
 
 // bury keeps a message to be looked at, the latest maxDead of them.
-func (s *spool) bury(receiver, name string) error {
-	err := os.Rename(filepath.Join(s.dir, receiver, name), filepath.Join(s.dir, deadDir, name))
+func (s *spool) bury(ctx context.Context, receiver, name string) error {
+	body, err := s.notes.Read(ctx, receiver+"/"+name)
+	if err == nil {
+		err = s.notes.Write(ctx, deadDir+name, body)
+	}
+	if err == nil {
+		err = s.remove(ctx, receiver, name)
+	}
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.waiting[receiver]--
-	s.mu.Unlock()
-	dead, err := s.list(deadDir)
+	dead, err := s.ending(ctx, deadDir, suffix)
 	if err != nil {
 		return err
 	}
 	for _, old := range dead[:max(len(dead)-maxDead, 0)] {
-		err = errors.Join(err, os.Remove(filepath.Join(s.dir, deadDir, old)))
+		err = errors.Join(err, s.notes.Remove(ctx, deadDir+old))
 	}
 	return err
 }
 
 // forget buries what waits for receivers other than those given.
-func (s *spool) forget(known map[string]*receiver) (buried int, err error) {
-	receivers, err := s.receivers()
+func (s *spool) forget(ctx context.Context, known map[string]*receiver) (buried int, err error) {
+	receivers, err := s.receivers(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -174,53 +181,28 @@ func (s *spool) forget(known map[string]*receiver) (buried int, err error) {
 		if known[r] != nil {
 			continue
 		}
-		names, err := s.list(r)
+		names, err := s.list(ctx, r)
 		if err != nil {
 			return buried, err
 		}
 		for _, name := range names {
-			if err := s.bury(r, name); err != nil {
+			if err := s.bury(ctx, r, name); err != nil {
 				return buried, err
 			}
 			buried++
 		}
-		if err := os.Remove(filepath.Join(s.dir, r)); err != nil {
+		if err := s.notes.Remove(ctx, r+"/"); err != nil {
 			return buried, err
 		}
 	}
 	return buried, nil
 }
 
-// clear removes files that were being written when the process died.
-func (s *spool) clear(receiver string) error {
-	entries, err := os.ReadDir(filepath.Join(s.dir, receiver))
-	if err != nil {
-		return err
+// clear removes what was being written when a process died.
+func (s *spool) clear(ctx context.Context, receiver string) error {
+	names, err := s.ending(ctx, receiver+"/", cutShort)
+	for _, name := range names {
+		err = errors.Join(err, s.notes.Remove(ctx, receiver+"/"+name))
 	}
-	for _, e := range slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return !strings.HasSuffix(e.Name(), ".new") }) {
-		if err := os.Remove(filepath.Join(s.dir, receiver, e.Name())); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func writeDurably(name string, data []byte) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}
-
-func syncDir(name string) error {
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return err
 }
