@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/url"
 	"os"
-	"regexp"
 	"strings"
 
 	"go.yaml.in/yaml/v4"
@@ -112,10 +111,10 @@ func (c Config) validate() error {
 	kinds := 0
 	if s := c.S3; s != nil {
 		kinds++
-		required(wrong, "s3.bucket", s.Bucket, bucketName)
+		required(wrong, "s3.bucket", s.Bucket)
 		address(wrong, "s3.endpoint", s.Endpoint, false)
 		below(wrong, "s3.prefix", s.Prefix)
-		if s.Region != "" && !regionName.MatchString(s.Region) {
+		if !made(s.Region, "-", 64) {
 			wrong("s3.region", "%q is not the name of a region: write it as in eu-central-1", s.Region)
 		}
 		if s.CopyLimit != 0 && s.CopyLimit < 5<<20 {
@@ -124,19 +123,19 @@ func (c Config) validate() error {
 	}
 	if a := c.Azure; a != nil {
 		kinds++
-		required(wrong, "azure.container", a.Container, bucketName)
+		required(wrong, "azure.container", a.Container)
 		address(wrong, "azure.endpoint", a.Endpoint, true)
 		below(wrong, "azure.prefix", a.Prefix)
 		if a.Account == "" && a.Endpoint == "" && c.Credentials == "" {
 			wrong("azure.account", "is empty: set it to the name of the storage account")
 		}
-		if a.Account != "" && !accountName.MatchString(a.Account) {
-			wrong("azure.account", "%q is not the name of a storage account: it has 3 to 24 lower-case letters and digits", a.Account)
+		if a.Account != strings.ToLower(a.Account) || !made(a.Account, "", 24) {
+			wrong("azure.account", "%q is not the name of a storage account: it has up to 24 lower-case letters and digits", a.Account)
 		}
 	}
 	if g := c.GCS; g != nil {
 		kinds++
-		required(wrong, "gcs.bucket", g.Bucket, bucketName)
+		required(wrong, "gcs.bucket", g.Bucket)
 		address(wrong, "gcs.endpoint", g.Endpoint, false)
 		below(wrong, "gcs.prefix", g.Prefix)
 	}
@@ -146,18 +145,24 @@ func (c Config) validate() error {
 	return errors.Join(problems...)
 }
 
-var (
-	bucketName  = regexp.MustCompile(`^[a-z0-9A-Z$][a-zA-Z0-9._-]{0,221}$`)
-	accountName = regexp.MustCompile(`^[a-z0-9]{3,24}$`)
-	regionName  = regexp.MustCompile(`^[a-zA-Z0-9-]{1,64}$`)
-	prefixName  = regexp.MustCompile(`^[a-zA-Z0-9_.-]+(/[a-zA-Z0-9_.-]+)*/?$`)
-)
+// made says whether a value has so many bytes at most, all of them letters,
+// digits, or of others. It stands in for regular expressions, which would be
+// kept in memory by every process, on every node.
+func made(value, others string, longest int) bool {
+	for _, c := range value {
+		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !letter && !strings.ContainsRune(others, c) {
+			return false
+		}
+	}
+	return len(value) <= longest
+}
 
-func required(wrong func(field, format string, args ...any), field, value string, pattern *regexp.Regexp) {
+func required(wrong func(field, format string, args ...any), field, value string) {
 	switch {
 	case value == "":
 		wrong(field, "is empty: name the bucket or container, which must exist")
-	case !pattern.MatchString(value):
+	case !made(value, "._-$", 222) || strings.ContainsAny(value[:1], "._-"):
 		wrong(field, "%q is not the name of a bucket or container: correct it", value)
 	}
 }
@@ -181,7 +186,7 @@ func address(wrong func(field, format string, args ...any), field, value string,
 func below(wrong func(field, format string, args ...any), field, value string) {
 	if len(value) > 500 {
 		wrong(field, "is longer than 500 bytes: shorten it")
-	} else if value != "" && !prefixName.MatchString(value) {
+	} else if !made(value, "_.-/", 500) || strings.HasPrefix(value, "/") || strings.Contains(value, "//") {
 		wrong(field, "%q is not a prefix: use letters, digits, -, _ and ., with a slash between, as in edge/images", value)
 	}
 }
