@@ -25,6 +25,11 @@ import (
 
 var _ io.ReaderFrom = (*repeatConn)(nil) // which package http needs for sendfile
 
+const (
+	long  = time.Minute
+	short = 30 * time.Millisecond
+)
+
 // fronts serve one cache twice: by package http alone, and as Run does.
 type fronts struct {
 	plain, repeating string       // addresses
@@ -96,9 +101,13 @@ func newFronts(t testing.TB, c *Cache) *fronts {
 
 var dates = regexp.MustCompile(`\r\nDate: [^\r]*`)
 
-// converse sends each chunk after the first of the answer to the one before, if
-// that comes at all, and returns everything that was answered, without dates.
-func (f *fronts) converse(t testing.TB, addr string, chunks ...string) string {
+// unanswered begins a chunk that the server does not answer.
+const unanswered = "~"
+
+// converse sends each chunk after the first of the answer to the one before, for
+// which it waits for so long, and returns everything that was answered, without
+// dates.
+func (f *fronts) converse(t testing.TB, addr string, patience time.Duration, chunks ...string) string {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -108,10 +117,15 @@ func (f *fronts) converse(t testing.TB, addr string, chunks ...string) string {
 	var got bytes.Buffer
 	buf := make([]byte, 64<<10)
 	for _, chunk := range chunks {
+		wait := patience
+		chunk, silent := strings.CutPrefix(chunk, unanswered)
+		if silent {
+			wait = short
+		}
 		if _, err := io.WriteString(conn, chunk); err != nil {
 			break // the server has hung up
 		}
-		conn.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
+		conn.SetReadDeadline(time.Now().Add(wait))
 		n, _ := conn.Read(buf) // of what is left, the copy below will tell
 		got.Write(buf[:n])
 		if n > 0 {
@@ -119,7 +133,7 @@ func (f *fronts) converse(t testing.TB, addr string, chunks ...string) string {
 		}
 	}
 	conn.(*net.TCPConn).CloseWrite()
-	conn.SetReadDeadline(time.Now().Add(time.Minute))
+	conn.SetReadDeadline(time.Now().Add(long))
 	if _, err := io.Copy(&got, conn); os.IsTimeout(err) {
 		t.Fatalf("the server neither answers nor hangs up: %q", chunks)
 	}
@@ -170,12 +184,11 @@ func TestRepeats(t *testing.T) {
 		{"the last of its connection", []string{get, head("GET", d, "Connection: close")}, 2},
 		{"two at once", []string{get, get + get, get, get}, 5},
 		{"two at once from the start", []string{get + get, get, get}, 4},
-		{"in parts", []string{get, get[:20], get[20:], get}, 3},
-		{"in parts, the first with another", []string{get, get + get[:20], get[20:], get}, 4},
-		{"a body", []string{get, head("GET", d, "Content-Length: 2"), "ab", get}, 3},
+		{"in parts", []string{get, get + get[:20], get[20:], get}, 4},
+		{"a body", []string{get, unanswered + head("GET", d, "Content-Length: 2"), "ab", get}, 3},
 		{"a body at once", []string{get, head("GET", d, "Content-Length: 2") + "ab", get, get}, 4},
 		{"an empty body", []string{get, head("GET", d, "Content-Length: 0"), head("GET", d, "Content-Length: 0")}, 2},
-		{"in chunks", []string{get, head("GET", d, "Transfer-Encoding: chunked"), "0\r\n\r\n", get}, 3},
+		{"in chunks", []string{get, unanswered + head("GET", d, "Transfer-Encoding: chunked"), "0\r\n\r\n", get}, 3},
 		{"lines without a carriage return", []string{get, strings.ReplaceAll(get, "\r", ""), get}, 3},
 		{"HTTP/1.0", []string{get, strings.Replace(get, "1.1", "1.0", 1)}, 2},
 		{"HTTP/1.0, kept", []string{get, strings.Replace(head("GET", d, "Connection: keep-alive"), "1.1", "1.0", 1), strings.Replace(head("GET", d, "Connection: keep-alive"), "1.1", "1.0", 1)}, 3},
@@ -186,8 +199,8 @@ func TestRepeats(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			n.disk.Load().repeats = repeats{}
 			f := newFronts(t, n.Cache)
-			want := f.converse(t, f.plain, tt.chunks...)
-			got := f.converse(t, f.repeating, tt.chunks...)
+			want := f.converse(t, f.plain, long, tt.chunks...)
+			got := f.converse(t, f.repeating, long, tt.chunks...)
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("-package http alone +repeats\n%s", diff)
 			}
@@ -206,7 +219,7 @@ func TestRepeatsEnd(t *testing.T) {
 	expectOf := func(what, request string, status int, cacheStatus string, told int64) {
 		t.Helper()
 		f := newFronts(t, n.Cache)
-		got := f.converse(t, f.repeating, request, request)
+		got := f.converse(t, f.repeating, long, request, request)
 		// One answer for the connection's first request, one for the repetition.
 		_, second, _ := strings.Cut(got[1:], "HTTP/1.1 ")
 		if !strings.HasPrefix(second, fmt.Sprint(status)) || !strings.Contains(second+"\r\n", "\r\n"+cacheStatus) {
@@ -284,6 +297,7 @@ func TestRepeatsMidConnection(t *testing.T) {
 			t.Fatal(err)
 		}
 		io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
 		f.settle(t)
 		if got := resp.Header.Get("Cache-Status"); resp.StatusCode != status || got != "connected-registry; "+cacheStatus || f.seen.Load()-before != told {
 			t.Errorf("%d, %s, package http told %d times; want %d, %s, %d", resp.StatusCode, got, f.seen.Load()-before, status, cacheStatus, told)
@@ -319,8 +333,12 @@ func TestRepeatsMidConnection(t *testing.T) {
 	before := f.seen.Load()
 	io.WriteString(conn, head("GET", d))
 	resp, err := http.ReadResponse(r, nil)
-	if err != nil || resp.StatusCode != http.StatusServiceUnavailable || f.seen.Load()-before != 1 {
-		t.Errorf("while stopping: %v, %v", resp, err)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusServiceUnavailable || f.seen.Load()-before != 1 {
+		t.Errorf("while stopping: status %d, package http told %d times; want 503, told once", resp.StatusCode, f.seen.Load()-before)
 	}
 	n.mu.Lock()
 	n.stopping = false
@@ -333,7 +351,7 @@ func TestRepeatsAreCounted(t *testing.T) {
 	n, _, d := repeatNode(t, Config{Metrics: reg})
 	f := newFronts(t, n.Cache)
 	before := samples(t, reg)
-	f.converse(t, f.repeating, head("HEAD", d), head("HEAD", d), head("GET", d), head("GET", d), head("GET", d))
+	f.converse(t, f.repeating, long, head("HEAD", d), head("HEAD", d), head("GET", d), head("GET", d), head("GET", d))
 	got := samples(t, reg)
 	for name, want := range map[string]float64{
 		"requests_total[kind=manifest result=hit]": 5,
@@ -362,7 +380,7 @@ func TestRepeatsAreBounded(t *testing.T) {
 	f := newFronts(t, n.Cache)
 	const secret = "correct-horse-battery-staple"
 	request := head("GET", d, "Authorization: Basic "+secret)
-	f.converse(t, f.repeating, request, request, request)
+	f.converse(t, f.repeating, long, request, request, request)
 	if seen := f.seen.Load(); seen != 2 {
 		t.Fatalf("package http was told of %d requests, want 2: the first had to be checked", seen)
 	}
@@ -401,10 +419,11 @@ func TestRepeatsStop(t *testing.T) {
 					t.Error(err)
 					return
 				}
+				body, err := io.ReadAll(resp.Body)
+				resp.Body.Close()
 				if resp.StatusCode == http.StatusServiceUnavailable {
 					return
 				}
-				body, err := io.ReadAll(resp.Body)
 				if err != nil || digest.FromBytes(body) != d {
 					t.Errorf("status %d, %d bytes, %v", resp.StatusCode, len(body), err)
 					return
@@ -450,7 +469,7 @@ func TestRepeatsReadAhead(t *testing.T) {
 	n, _, d := repeatNode(t, Config{})
 	request := head("GET", d)
 	f := newFronts(t, n.Cache)
-	want, _, _ := strings.Cut(f.converse(t, f.repeating, request), "\r\n\r\n") // and have it remembered
+	want, _, _ := strings.Cut(f.converse(t, f.repeating, long, request), "\r\n\r\n") // and have it remembered
 	client, server := connect(t, n.Cache)
 	read := func(size int, want string) {
 		t.Helper()
@@ -469,14 +488,14 @@ func TestRepeatsReadAhead(t *testing.T) {
 		t.Error("what was read ahead is not of the head")
 	}
 	server.nextRequest()
-	long := time.Now().Add(-time.Hour)
-	server.renewed = long
+	before := time.Now().Add(-time.Hour)
+	server.renewed = before
 	io.WriteString(client, request)
 	client.CloseWrite()
 	if n, err := server.Read(make([]byte, 4096)); n != 0 || err != io.EOF {
 		t.Fatalf("read %d, %v, want the end", n, err)
 	}
-	if server.renewed.Equal(long) {
+	if server.renewed.Equal(before) {
 		t.Error("the connection is as idle as before")
 	}
 	server.Close()
@@ -491,13 +510,13 @@ func TestRepeatsReadAhead(t *testing.T) {
 func TestRepeatsRenewDeadline(t *testing.T) {
 	client, conn := connect(t, nil)
 	conn.awaits = false
-	long := time.Now().Add(-idleTimeout - time.Hour)
-	conn.renew(long)
+	ago := time.Now().Add(-idleTimeout - time.Hour)
+	conn.renew(ago)
 	if _, err := conn.Read(make([]byte, 1)); !os.IsTimeout(err) {
 		t.Errorf("idle for long, and %v", err)
 	}
-	conn.renew(long.Add(renewEvery / 2))
-	if !conn.renewed.Equal(long) {
+	conn.renew(ago.Add(renewEvery / 2))
+	if !conn.renewed.Equal(ago) {
 		t.Error("renewed too often")
 	}
 	conn.renew(time.Now())
@@ -534,10 +553,10 @@ func FuzzRepeats(f *testing.F) {
 		if len(chunks) > 8 {
 			return
 		}
-		fronts.converse(t, fronts.plain, chunks...) // whoever has to be asked is asked
-		want := fronts.converse(t, fronts.plain, chunks...)
+		fronts.converse(t, fronts.plain, short, chunks...) // whoever has to be asked is asked
+		want := fronts.converse(t, fronts.plain, short, chunks...)
 		for range 2 {
-			if diff := cmp.Diff(want, fronts.converse(t, fronts.repeating, chunks...)); diff != "" {
+			if diff := cmp.Diff(want, fronts.converse(t, fronts.repeating, short, chunks...)); diff != "" {
 				t.Fatalf("%q: -package http alone +repeats\n%s", chunks, diff)
 			}
 		}
