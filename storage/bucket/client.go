@@ -151,7 +151,7 @@ func (c *client) List(ctx context.Context, prefix, after, delimiter string) iter
 		if start != "" {
 			start = c.prefix + start
 		}
-		pages(c, ctx, "list", prefix, func(token string) ([]Attributes, string, error) {
+		pages(ctx, c, "list", prefix, func(token string) ([]Attributes, string, error) {
 			return c.store.list(ctx, c.prefix+prefix, start, delimiter, token)
 		}, func(at Attributes, err error) bool {
 			if at = c.ours(at); err == nil && (at.Key <= after || c.scratch != "" && strings.HasPrefix(at.Key, c.scratch)) {
@@ -165,7 +165,7 @@ func (c *client) List(ctx context.Context, prefix, after, delimiter string) iter
 // Uploads implements [Bucket].
 func (c *client) Uploads(ctx context.Context, prefix string) iter.Seq2[Unfinished, error] {
 	return func(yield func(Unfinished, error) bool) {
-		pages(c, ctx, "list the uploads of", prefix, func(token string) ([]Unfinished, string, error) {
+		pages(ctx, c, "list the uploads of", prefix, func(token string) ([]Unfinished, string, error) {
 			return c.store.uploads(ctx, c.prefix+prefix, token)
 		}, func(u Unfinished, err error) bool {
 			u.Key = strings.TrimPrefix(u.Key, c.prefix)
@@ -175,7 +175,7 @@ func (c *client) Uploads(ctx context.Context, prefix string) iter.Seq2[Unfinishe
 }
 
 // pages yields what all pages of a listing hold.
-func pages[T any](c *client, ctx context.Context, what, prefix string, page func(token string) ([]T, string, error), yield func(T, error) bool) {
+func pages[T any](ctx context.Context, c *client, what, prefix string, page func(token string) ([]T, string, error), yield func(T, error) bool) {
 	var none T
 	for token := ""; ; {
 		var (

@@ -70,7 +70,7 @@ type gcsObject struct {
 }
 
 func (o gcsObject) attributes() Attributes {
-	size, _ := strconv.ParseInt(o.Size, 10, 64) //nolint:errcheck // 0 of what Google never says
+	size, _ := strconv.ParseInt(o.Size, 10, 64) // 0 of what Google never says
 	return Attributes{Key: o.Name, Size: size, Modified: o.Updated, Version: o.Generation}
 }
 
@@ -116,7 +116,7 @@ func (g *gcsStore) open(ctx context.Context, key string, offset, length int64, v
 			return nil, Attributes{}, err
 		}
 	}
-	at.Modified, _ = http.ParseTime(r.Header.Get("Last-Modified")) //nolint:errcheck // Google says it always
+	at.Modified, _ = http.ParseTime(r.Header.Get("Last-Modified")) // Google says it always
 	for name, values := range r.Header {
 		if name, ok := strings.CutPrefix(strings.ToLower(name), "x-goog-meta-"); ok {
 			at.Metadata[name] = values[0]
@@ -271,6 +271,6 @@ func (g *gcsStore) do(ctx context.Context, method, address string, query url.Val
 		return answer, nil
 	}
 	defer answer.Body.Close()
-	text, _ := io.ReadAll(io.LimitReader(answer.Body, 16<<10)) //nolint:errcheck // the status says the most
+	text, _ := io.ReadAll(io.LimitReader(answer.Body, 16<<10)) // the status says the most
 	return nil, newGCSError(answer, text)
 }

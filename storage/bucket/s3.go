@@ -74,7 +74,7 @@ func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse
 
 // client is whom to ask now. Once there was one, there is always one.
 func (s *s3Store) client() *s3.Client {
-	api, _ := s.clients.get() //nolint:errcheck // newS3 has seen that there is one
+	api, _ := s.clients.get() // newS3 has seen that there is one
 	return api
 }
 

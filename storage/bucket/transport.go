@@ -43,7 +43,7 @@ func newTransport(caFile string) (transport, error) {
 	for _, p := range []pace{quick, steady, lengthy} {
 		t[p] = &http.Transport{
 			Proxy:                 http.ProxyFromEnvironment,
-			DialContext:           dial(max(stall, time.Duration(p)+time.Second)),
+			DialContext:           dial(readPatience(p)),
 			TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 			TLSHandshakeTimeout:   5 * time.Second,
 			ResponseHeaderTimeout: time.Duration(p),
@@ -59,6 +59,10 @@ func newTransport(caFile string) (transport, error) {
 	}
 	return t, nil
 }
+
+// readPatience is how long nothing may come: a little more than what else may
+// end a request first, and says better why.
+func readPatience(p pace) time.Duration { return max(stall, time.Duration(p)) + time.Second }
 
 func rootsWith(caFile string) (*x509.CertPool, error) {
 	if caFile == "" {

@@ -31,7 +31,7 @@ func pipes(t *testing.T, serve func(server net.Conn, r *http.Request)) transport
 					serve(server, r)
 				}
 			}()
-			return &conn{client, max(stall, time.Duration(p)+time.Second)}, nil
+			return &conn{client, readPatience(p)}, nil
 		}
 	}
 	return tr
@@ -50,7 +50,7 @@ func send(ctx context.Context, tr transport, body io.Reader, size int64) (*http.
 func TestSilence(t *testing.T) {
 	for _, p := range []pace{quick, steady, lengthy} {
 		synctest.Test(t, func(t *testing.T) {
-			tr := pipes(t, func(server net.Conn, _ *http.Request) { io.Copy(io.Discard, server) }) //nolint:errcheck // until it is closed
+			tr := pipes(t, func(server net.Conn, _ *http.Request) { io.Copy(io.Discard, server) })
 			start := time.Now()
 			_, err := send(at(t.Context(), p), tr, http.NoBody, 0) //nolint:bodyclose // there is none
 			if f := network(errOr(err)); f.kind != silent || !f.again || time.Since(start) != time.Duration(p) {
@@ -73,12 +73,12 @@ func TestStall(t *testing.T) {
 	t.Run("Download", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			tr := pipes(t, func(server net.Conn, _ *http.Request) {
-				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n") //nolint:errcheck // seen by who reads
+				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
 				for range 10 {
 					time.Sleep(stall - time.Second)
-					io.WriteString(server, "x") //nolint:errcheck // seen by who reads
+					io.WriteString(server, "x")
 				}
-				io.Copy(io.Discard, server) //nolint:errcheck // until it is closed
+				io.Copy(io.Discard, server)
 			})
 			r, err := send(t.Context(), tr, http.NoBody, 0)
 			if err != nil {
@@ -87,7 +87,7 @@ func TestStall(t *testing.T) {
 			defer r.Body.Close()
 			start := time.Now()
 			n, err := io.Copy(io.Discard, r.Body)
-			if f := network(errOr(err)); n != 10 || f.kind != silent || time.Since(start) != 10*(stall-time.Second)+stall {
+			if f := network(errOr(err)); n != 10 || f.kind != silent || time.Since(start) != 10*(stall-time.Second)+readPatience(quick) {
 				t.Errorf("%d bytes in %v: %v, %+v", n, time.Since(start), err, f)
 			}
 		})
@@ -95,7 +95,7 @@ func TestStall(t *testing.T) {
 	t.Run("SlowReader", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			tr := pipes(t, func(server net.Conn, _ *http.Request) {
-				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n"+strings.Repeat("x", 200_000)) //nolint:errcheck // seen by who reads
+				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n"+strings.Repeat("x", 200_000))
 			})
 			r, err := send(t.Context(), tr, http.NoBody, 0)
 			if err != nil {
@@ -126,10 +126,10 @@ func TestStall(t *testing.T) {
 			tr := pipes(t, func(server net.Conn, r *http.Request) {
 				for range 10 {
 					time.Sleep(stall - time.Second)
-					io.CopyN(io.Discard, r.Body, 100<<10) //nolint:errcheck // the answer tells
+					io.CopyN(io.Discard, r.Body, 100<<10)
 				}
-				io.Copy(io.Discard, r.Body)                                            //nolint:errcheck // the answer tells
-				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") //nolint:errcheck // seen by who reads
+				io.Copy(io.Discard, r.Body)
+				io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 			})
 			r, err := send(t.Context(), tr, strings.NewReader(strings.Repeat("x", 1<<20)), 1<<20)
 			if err != nil {

@@ -355,7 +355,8 @@ func list(t *testing.T, b bucket.Bucket) {
 			t.Errorf("%s has no time in the listing", at.Key)
 		}
 	}
-	for range b.List(t.Context(), d, "", "") {
+	for _, err := range b.List(t.Context(), d, "", "") {
+		wants(t, nil, err)
 		break // and nothing bad comes of it
 	}
 }
