@@ -1,10 +1,7 @@
 package e2e
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -18,12 +15,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/connected-registry/connected-registry/test/cluster"
 )
@@ -375,71 +366,5 @@ func (c *caches) testRegistryStopped(t *testing.T) {
 		if err := pull(t.Context(), n, parentHost+"/"+image, ""); err == nil {
 			t.Errorf("%s has %s, which was not meant for it", n.Name(), image)
 		}
-	}
-}
-
-// sum is a metric of a node's cache; one with labels has to be given with all of
-// them.
-func (c *caches) sum(t *testing.T, n *cluster.Node, metric string) float64 {
-	t.Helper()
-	out, err := n.Run(t.Context(), "busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:8082/metrics")
-	if err != nil {
-		t.Logf("metrics of %s: %v", n.Name(), err) // its agent begins
-		return 0
-	}
-	return metricOf(out, "connected_registry_cache_"+metric)
-}
-
-// registrySum is a metric of all replicas together.
-func (c *caches) registrySum(t *testing.T, metric string) (sum float64) {
-	t.Helper()
-	for _, name := range strings.Fields(kubectl(t, c.c, "get", "pods", "-n", Namespace, "-l", "app.kubernetes.io/name=connected-registry", "-o", "jsonpath={.items[*].metadata.name}")) {
-		sum += metricOf([]byte(kubectl(t, c.c, "get", "--raw", "/api/v1/namespaces/"+Namespace+"/pods/"+name+":8081/proxy/metrics")), "connected_registry_"+metric)
-	}
-	return sum
-}
-
-func metricOf(text []byte, metric string) float64 {
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, metric+" "); ok {
-			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
-			if err == nil {
-				return n
-			}
-		}
-	}
-	return 0
-}
-
-// pushLayers gives the parent an image of layers of so many bytes, which nothing
-// makes smaller.
-func (p *parent) pushLayers(t *testing.T, image string, sizes ...int) {
-	t.Helper()
-	made, err := cluster.Busybox()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, size := range sizes {
-		content := make([]byte, size)
-		rand.Read(content)
-		var archive bytes.Buffer
-		w := tar.NewWriter(&archive)
-		err := w.WriteHeader(&tar.Header{Name: fmt.Sprint("content-", i), Mode: 0o644, Size: int64(size), Typeflag: tar.TypeReg})
-		if _, e := w.Write(content); err == nil {
-			err = e
-		}
-		if err = errors.Join(err, w.Close()); err != nil {
-			t.Fatal(err)
-		}
-		if made, err = mutate.AppendLayers(made, static.NewLayer(archive.Bytes(), types.OCIUncompressedLayer)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	ref, err := name.NewTag(p.store.Listener.Addr().String()+"/"+image, name.Insecure)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.Write(ref, made); err != nil {
-		t.Fatal(err)
 	}
 }

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"archive/tar"
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -8,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -27,6 +30,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/connected-registry/connected-registry/test/cluster"
@@ -134,6 +138,39 @@ func (p *parent) push(t *testing.T, tag string) {
 		t.Fatal(err)
 	}
 	if err := remote.Write(ref, image); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pushLayers gives the parent an image of layers of so many bytes, which nothing
+// makes smaller.
+func (p *parent) pushLayers(t *testing.T, image string, sizes ...int) {
+	t.Helper()
+	made, err := cluster.Busybox()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, size := range sizes {
+		content := make([]byte, size)
+		rand.Read(content)
+		var archive bytes.Buffer
+		w := tar.NewWriter(&archive)
+		err := w.WriteHeader(&tar.Header{Name: fmt.Sprint("content-", i), Mode: 0o644, Size: int64(size), Typeflag: tar.TypeReg})
+		if _, e := w.Write(content); err == nil {
+			err = e
+		}
+		if err = errors.Join(err, w.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if made, err = mutate.AppendLayers(made, static.NewLayer(archive.Bytes(), types.OCIUncompressedLayer)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ref, err := name.NewTag(p.store.Listener.Addr().String()+"/"+image, name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, made); err != nil {
 		t.Fatal(err)
 	}
 }
