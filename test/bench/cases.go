@@ -281,7 +281,7 @@ func (b *benchmark) groups() []group {
 		{"node cache, 1 GiB unpacked", "without", []benchCase{
 			{"cache: cold pull by containerd", b.coldPull},
 		}},
-		{"node cache, at 100 MiB/s", "1 client", []benchCase{
+		{fmt.Sprintf("node cache, at %d MiB/s", waveRate>>20), "1 client", []benchCase{
 			{"cache: 16 clients at once", b.wave},
 		}},
 		{"sync", "best other", b.syncCases()},

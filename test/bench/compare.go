@@ -1,6 +1,7 @@
 package main
 
 import (
+	"math"
 	"slices"
 	"time"
 )
@@ -13,7 +14,15 @@ type side struct {
 
 // turns calls measure for either side in turns, each first as often as second.
 func turns(rounds int, measure func(ours bool) error) error {
-	for i := range rounds {
+	return turnsUntil(rounds, rounds, nil, measure)
+}
+
+// turnsUntil is turns, at least least of them, until enough or most.
+func turnsUntil(least, most int, enough func() bool, measure func(ours bool) error) error {
+	for i := range most {
+		if i >= least && enough() {
+			return nil
+		}
 		first := i%2 == 0
 		for _, ours := range []bool{first, !first} {
 			if err := measure(ours); err != nil {
@@ -36,15 +45,47 @@ func (s *samples) add(ours bool, v float64) {
 }
 
 // line makes medians of the samples: of either side, and of the ratios of the
-// turns that were next to one another.
+// turns that were next to one another, of which it tells how sure they make it.
 func (s *samples) line(unit string, b bound) line {
-	var ratios []float64
+	ratios := s.ratios()
+	l := line{unit: unit, ours: median(s.ours), theirs: median(s.theirs), ratio: median(ratios), bound: b, turns: len(ratios)}
+	l.low, l.high = sureOfMedian(ratios)
+	return l
+}
+
+func (s *samples) ratios() (ratios []float64) {
 	for i := range s.ours {
-		if s.theirs[i] > 0 {
+		if i < len(s.theirs) && s.theirs[i] > 0 {
 			ratios = append(ratios, s.ours[i]/s.theirs[i])
 		}
 	}
-	return line{unit: unit, ours: median(s.ours), theirs: median(s.theirs), ratio: median(ratios), bound: b}
+	return ratios
+}
+
+// decided reports whether the samples make sure that the ratio is on one side of
+// a bound.
+func (s *samples) decided(most float64) bool {
+	low, high := sureOfMedian(s.ratios())
+	return high > 0 && (high <= most || low > most)
+}
+
+// sureOfMedian returns between which two of the values the median of what they
+// are samples of lies, in at least 95 of 100 cases: each value is above it or
+// below, like a coin's sides. Fewer than 6 tell nothing: zeros.
+func sureOfMedian(v []float64) (low, high float64) {
+	n := len(v)
+	outside, ways, all := 0.0, 1.0, math.Exp2(float64(n)) // ways to choose k of n
+	for k := range n/2 + 1 {
+		if outside += 2 * ways / all; outside > 0.05 {
+			if k == 0 {
+				return 0, 0
+			}
+			v = slices.Sorted(slices.Values(v))
+			return v[k-1], v[n-k]
+		}
+		ways = ways * float64(n-k) / float64(k+1)
+	}
+	return 0, 0
 }
 
 func median(v []float64) float64 {

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -18,7 +19,7 @@ func main() {
 	// A child is killed with the thread that started it, see start. This one
 	// stays as long as the program.
 	runtime.LockOSThread()
-	if len(os.Args) > 1 && slices.Contains([]string{roleRegistry, roleCache, roleParent, roleSync}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains([]string{roleRegistry, roleCache, roleParent, roleSync, rolePull}, os.Args[1]) {
 		exitOn(serveRole(os.Args[1], os.Args[2:]))
 		return
 	}
@@ -120,6 +121,8 @@ type line struct {
 	unit         string
 	ours, theirs float64
 	ratio        float64 // of ours to theirs; 0: there is nothing to compare with
+	low, high    float64 // what the ratio is between, as sure as 95 of 100; 0: not known
+	turns        int     // of either side
 	bound        bound
 }
 
@@ -155,6 +158,9 @@ func printLines(name string, lines []line) (missed int) {
 		if !l.kept() {
 			verdict += ": MISSED"
 			missed++
+		}
+		if l.high > 0 {
+			verdict = strings.TrimLeft(fmt.Sprintf("%s; %.2f to %.2f by %d turns", verdict, l.low, l.high, l.turns), "; ")
 		}
 		fmt.Printf("%-34s %-8s %12s %12s %8s   %s\n", name, l.unit, fmt.Sprintf("%.5g", l.ours), theirs, ratio, verdict)
 		name = ""

@@ -21,6 +21,7 @@ const (
 	roleCache    = "serve-cache"    // DIR URL CAFILE: the node cache before a registry
 	roleParent   = "serve-parent"   // STORE OPTIONS: a registry that counts, over a link that may be bad
 	roleSync     = "sync"           // OPTIONS: the sync engine
+	rolePull     = "pull"           // HOSTS STORE IMAGE: a client that pulls once it is told to
 )
 
 // profileVariable names the directory that a role writes its CPU profile to.
@@ -42,8 +43,11 @@ func serveRole(role string, args []string) error {
 		}
 		defer pprof.StopCPUProfile()
 	}
-	if role == roleSync {
+	switch role {
+	case roleSync:
 		return serveSync(ctx, args[0])
+	case rolePull:
+		return servePull(ctx, args[0], args[1], args[2])
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
