@@ -4,7 +4,7 @@ BIN     := bin/connected-registry
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: build demo test clients objects e2e cluster cluster-down bench lint image manifests chart-deps
+.PHONY: build demo test clients replicas objects e2e cluster cluster-down bench lint image manifests chart-deps
 
 build:
 	$(GOBUILD) -o $(BIN) ./cmd/connected-registry
@@ -33,6 +33,12 @@ test/objects/azurite/node_modules: test/objects/azurite/package-lock.json
 	@./test/prepare nodejs npm
 	npm ci --prefix test/objects/azurite --ignore-scripts --no-audit --no-fund
 	@touch $@
+
+# Two replicas, one of which is killed again and again under load; as root, for
+# containerd's sake. For longer: go test -C test/replicas . -replicas.time=10m;
+# on an object store: -replicas.storage=FILE.
+replicas:
+	go test -C test/replicas -count=1 ./...
 
 # What needs a real Kubernetes; the first run compiles one, for a quarter of an hour.
 e2e:

@@ -71,7 +71,7 @@ func (s *Server) mount(w http.ResponseWriter, r *http.Request, repo storage.Repo
 	}
 	source, err := s.cfg.Store.Repository(from)
 	if err != nil || !who.may(from, v1alpha1.ActionContentRead) {
-		return false, nil //nolint:nilerr // a mount that cannot be is an upload
+		return false, nil // a mount that cannot be is an upload
 	}
 	room, err := s.claimMount(r.Context(), repo, source, d)
 	defer room.release()
