@@ -79,8 +79,20 @@ func (s *Server) getBlob(w http.ResponseWriter, r *http.Request, repo storage.Re
 	h.Set("Docker-Content-Digest", d.String())
 	h.Set("Etag", `"`+d.String()+`"`)
 	h.Set("Content-Type", "application/octet-stream")
+	if end, ok := rangeEnd(r.Header.Get("Range")); ok {
+		f.Expect(end)
+	}
 	http.ServeContent(w, r, "", time.Time{}, f.ReadSeekCloser)
 	return nil
+}
+
+// rangeEnd is where the one range that a client asks for ends, counted from the
+// beginning, if it says so (RFC 9110, section 14.1.2). It need not be right: it
+// only says how much is worth fetching.
+func rangeEnd(header string) (end int64, ok bool) {
+	_, last, found := strings.Cut(strings.TrimPrefix(header, "bytes="), "-")
+	n, err := strconv.ParseUint(strings.TrimSpace(last), 10, 62)
+	return int64(n) + 1, found && err == nil && strings.HasPrefix(header, "bytes=") && !strings.HasPrefix(header, "bytes=-")
 }
 
 // resolve turns a reference into the digest of a manifest.
