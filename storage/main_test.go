@@ -20,5 +20,8 @@ func TestMain(m *testing.M) {
 		crashJobs[os.Getenv(crashJobEnv)](root)
 		return
 	}
-	goleak.VerifyTestMain(m)
+	// A real object store keeps connections for longer than the tests run.
+	goleak.VerifyTestMain(m,
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"))
 }

@@ -6,8 +6,6 @@ import (
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/distribution/distribution/v3/registry/storage/driver/testsuites"
-
-	"github.com/connected-registry/connected-registry/storage/internal/membucket"
 )
 
 // TestDriverSuite runs distribution's tests of a driver, with their smaller
@@ -20,6 +18,6 @@ func TestDriverSuite(t *testing.T) {
 	}
 	defer func() { _ = short.Set(before) }() // it took the same before
 	testsuites.Driver(t, func() (storagedriver.StorageDriver, error) {
-		return &bucketDriver{bucket: new(membucket.Bucket), part: partSize}, nil
+		return &bucketDriver{bucket: testBucket(t), part: partSize}, nil
 	}, false)
 }
