@@ -61,7 +61,8 @@ type Bucket interface {
 	Stat(ctx context.Context, key string) (Attributes, error)
 	// Put stores an object in one step. What it returns has no Metadata. The
 	// error wraps ErrCondition when the conditions do not hold; it does not when
-	// they held and only the answer got lost, so that of many exactly one wins.
+	// they held and only the answer got lost, so that of many exactly one wins,
+	// unless somebody has replaced the object in that very moment.
 	Put(ctx context.Context, key string, content []byte, metadata map[string]string, when Conditions) (Attributes, error)
 	// Delete removes an object. One that is not there is no error.
 	Delete(ctx context.Context, key string) error

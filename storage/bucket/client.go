@@ -118,8 +118,12 @@ func (c *client) Put(ctx context.Context, key string, content []byte, metadata m
 	err := c.try(ctx, func() (err error) {
 		at, err = c.store.put(ctx, c.prefix+key, content, metadata, when)
 		if err != nil && again && conditional && c.store.classify(err).kind == condition {
-			if there, err2 := c.store.stat(ctx, c.prefix+key); err2 == nil && there.Metadata[writer] == signature {
+			there, err2 := c.store.stat(ctx, c.prefix+key)
+			switch {
+			case err2 == nil && there.Metadata[writer] == signature:
 				at, err = there, nil
+			case err2 != nil && c.store.classify(err2).kind != missing:
+				err = err2 // not known yet
 			}
 		}
 		again = true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -23,9 +24,14 @@ var errNoIdentity = errors.New("no identity")
 // identityPatience bounds a request for credentials.
 const identityPatience = 5 * time.Second
 
+// nearby asks what is on this machine or beside it, past any proxy.
+func nearby() *http.Client {
+	return &http.Client{Timeout: identityPatience, Transport: &http.Transport{DisableKeepAlives: true}}
+}
+
 // s3Clients makes clients that know whom to be, and in which region.
 func s3Clients(ctx context.Context, c Config, t transport, o s3.Options) (*reloading[*s3.Client], error) {
-	metadata := imds.New(imds.Options{HTTPClient: &http.Client{Timeout: identityPatience}, Retryer: aws.NopRetryer{}})
+	metadata := imds.New(imds.Options{HTTPClient: nearby(), Retryer: aws.NopRetryer{}})
 	var err error
 	if o.Region, err = s3Region(ctx, c.S3, metadata); err != nil {
 		return nil, err
@@ -95,12 +101,12 @@ func s3Ambient(region string, t transport, metadata *imds.Client) aws.Credential
 	}
 	if endpoint != "" {
 		return endpointcreds.New(endpoint, func(o *endpointcreds.Options) {
-			o.HTTPClient = &http.Client{Timeout: identityPatience}
+			o.HTTPClient = nearby()
 			o.AuthorizationToken = env("AWS_CONTAINER_AUTHORIZATION_TOKEN")
 			if file := env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"); file != "" {
 				o.AuthorizationTokenProvider = endpointcreds.TokenProviderFunc(func() (string, error) {
 					token, err := os.ReadFile(file)
-					return string(token), err
+					return strings.TrimSpace(string(token)), err
 				})
 			}
 		})

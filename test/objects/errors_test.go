@@ -71,6 +71,7 @@ func tlsServer(t *testing.T, host string, until time.Time) (url, caFile string) 
 
 // TestErrors holds errors to naming the bucket and the remedy, and to no secret.
 func TestErrors(t *testing.T) {
+	t.Parallel()
 	minio, azurite, google := startMinIO(t, MinIO{Buckets: []string{"images"}}), startAzurite(t), startFakeGCS(t)
 	tokenURL, _ := tokens(t)
 	valid, validCA := tlsServer(t, "127.0.0.1", time.Now().Add(time.Hour))
@@ -174,6 +175,7 @@ func openError(t *testing.T, b bucket.Bucket) error {
 
 // TestKilled kills a server in the midst, and starts it again.
 func TestKilled(t *testing.T) {
+	t.Parallel()
 	for name, start := range map[string]func(*testing.T) (*Server, bucket.Bucket){
 		"S3": func(t *testing.T) (*Server, bucket.Bucket) {
 			s := startMinIO(t, MinIO{Buckets: []string{"images"}})
@@ -266,6 +268,7 @@ func (r *trap) Read(p []byte) (int, error) {
 
 // TestRotation changes credentials while a bucket is in use.
 func TestRotation(t *testing.T) {
+	t.Parallel()
 	c := minioConfig(t, startMinIO(t, MinIO{Buckets: []string{"images"}}))
 	b := open(t, c)
 	if _, err := b.Put(t.Context(), "object", nil, nil, bucket.Conditions{}); err != nil {

@@ -34,6 +34,7 @@ func each(t *testing.T, test func(t *testing.T, p *proxy, b bucket.Bucket)) {
 
 // TestFaults goes through what may succeed at another try.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	each(t, func(t *testing.T, p *proxy, b bucket.Bucket) {
 		const size = 6 << 20
 		content := bytes.Repeat([]byte("precious"), size/8)
