@@ -156,6 +156,7 @@ func refuse(spec *v1alpha1.Spec) error {
 		{"spec.trustDistribution.caSecrets", len(spec.TrustDistribution.CASecrets) > 0},
 		{"spec.trustDistribution.configureRuntime", spec.TrustDistribution.ConfigureRuntime},
 		{"spec.nodeCache.peers", spec.NodeCache.Peers},
+		{"spec.nodeCache.prefetchWorkloads", spec.NodeCache.PrefetchWorkloads},
 	} {
 		if ask.set {
 			return fmt.Errorf("%s works in a cluster only: leave it out", ask.field)

@@ -328,6 +328,7 @@ func TestRefusesWhatNeedsACluster(t *testing.T) {
 		"  trustDistribution: {caSecrets: [{name: a}]}\n":                  "spec.trustDistribution.caSecrets",
 		"  trustDistribution: {configureRuntime: true}\n":                  "spec.trustDistribution.configureRuntime",
 		"  nodeCache: {peers: true}\n":                                     "spec.nodeCache.peers",
+		"  nodeCache: {prefetchWorkloads: true}\n":                         "spec.nodeCache.prefetchWorkloads",
 		"  trustDistribution: {disabled: true}\n  tls: {disabled: true}\n": "spec.tls.disabled",
 	} {
 		_, err := Open(t.Context(), Config{Resource: load(t, spec), Data: t.TempDir()})
