@@ -127,6 +127,9 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 	}
 	room, err := s.receive(w, r, repo, upload)
 	defer room.release()
+	if errors.Is(err, storage.ErrUploadComplete) {
+		return errors.Join(errRangeInvalid.because("all of it has come already"), upload.Close())
+	}
 	if err != nil {
 		return err
 	}
@@ -160,11 +163,16 @@ func (s *Server) finished(w http.ResponseWriter, r *http.Request, repo storage.R
 	if _, err := repo.UseLayer(r.Context(), d); err != nil {
 		return false
 	}
-	// Many clients take no answer before they have sent all.
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
-	_, _ = io.Copy(io.Discard, body)
+	s.discard(w, r)
 	blobCreated(w, repo, d)
 	return true
+}
+
+// discard reads what a client sends in vain: many take no answer before they have
+// sent all.
+func (s *Server) discard(w http.ResponseWriter, r *http.Request) {
+	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	_, _ = io.Copy(io.Discard, body)
 }
 
 // cancelUpload throws an upload away.
@@ -191,7 +199,10 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	again := watchResend(r, upload, d)
 	room, err := s.receive(w, r, repo, upload)
 	defer room.release()
-	if err != nil {
+	if errors.Is(err, storage.ErrUploadComplete) {
+		s.discard(w, r)
+		again = nil // its bytes are nowhere
+	} else if err != nil {
 		return err
 	}
 	if err := room.finish(r.Context()); err != nil {
@@ -216,8 +227,9 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 }
 
 // receive appends the request's body to an upload, and claims room for all of it,
-// which the caller releases. When it returns an error the upload is closed. A
-// client whose connection broke may go on from where it broke; when it is the
+// which the caller releases. When it returns an error the upload is closed, unless
+// that is storage.ErrUploadComplete, and the rest of the body is of no use. A client
+// whose connection broke may go on from where it broke; when it is the
 // storage that failed, the upload is gone, and the space that it took is free.
 func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) (*claim, error) {
 	if err := checkRange(r, upload.Size()); err != nil {
@@ -238,6 +250,8 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 	switch {
 	case err == nil:
 		return room, nil
+	case errors.Is(err, storage.ErrUploadComplete):
+		return room, err
 	case body.full != nil:
 		return room, errors.Join(body.full, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
 	case body.err != nil:

@@ -72,6 +72,11 @@ type objectWriter struct {
 	failed  error
 }
 
+// ErrUploadComplete refuses more bytes for an upload whose data is in its place,
+// because somebody was about to make a blob of it and died before it was one. It
+// can be committed still.
+var ErrUploadComplete = errors.New("it is complete already")
+
 var tails = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // Writer opens a file for writing, from the beginning or from its end on. What
@@ -168,7 +173,7 @@ func (w *objectWriter) Write(p []byte) (n int, err error) {
 	case w.ended:
 		return 0, fmt.Errorf("writing %s: %w", w.path, fs.ErrClosed)
 	case len(p) > 0 && (w.placed || w.state.Whole):
-		return 0, fmt.Errorf("writing %s: it is complete already", w.path)
+		return 0, fmt.Errorf("writing %s: %w", w.path, ErrUploadComplete)
 	}
 	for len(p) > 0 {
 		fits := min(len(p), max(w.part-w.tail.Len(), 0))

@@ -68,6 +68,11 @@ func lead(ctx context.Context, root string) error {
 		if err := drain(ctx, store); err != nil && ctx.Err() == nil {
 			return err
 		}
+		if rest == 0 {
+			if err := tellWaiting(ctx, store); err != nil {
+				return err
+			}
+		}
 		if objects == "" {
 			if err := makeOld(root, rest); err != nil {
 				return err
@@ -86,10 +91,22 @@ func lead(ctx context.Context, root string) error {
 	return nil
 }
 
+// tellWaiting prints of which tags the journal has changes that were begun by
+// replicas that died: they become entries when it is sure that nobody goes on. A
+// client who looks before it pushes again finds the tag as it wants it.
+func tellWaiting(ctx context.Context, store *storage.Store) error {
+	tags, err := store.Journal().Tags(ctx)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(line{Waiting: tags})
+}
+
 // line is what the leader prints.
 type line struct {
-	Entry      *storage.Change     `json:"entry,omitempty"`
-	Maintained *storage.Maintained `json:"maintained,omitempty"`
+	Entry      *storage.Change            `json:"entry,omitempty"`
+	Waiting    map[string]map[string]bool `json:"waiting,omitempty"`
+	Maintained *storage.Maintained        `json:"maintained,omitempty"`
 }
 
 func drain(ctx context.Context, store *storage.Store) error {
@@ -190,6 +207,12 @@ func (l *leader) take(text []byte) {
 	defer l.mu.Unlock()
 	if said.Entry != nil {
 		l.heard[change(said.Entry.Repository, said.Entry.Tag, said.Entry.Action)] = true
+	}
+	for repository, tags := range said.Waiting {
+		for tag := range tags {
+			l.heard[change(repository, tag, storage.ActionPush)] = true
+			l.heard[change(repository, tag, storage.ActionDelete)] = true
+		}
 	}
 	if did := said.Maintained; did != nil {
 		l.passes++
