@@ -296,3 +296,33 @@ func TestObjectsClientIsStopped(t *testing.T) {
 		})
 	}
 }
+
+// A deletion that died half way is made again, and then everything is gone.
+func TestObjectsDeletionDies(t *testing.T) {
+	for name, remove := range map[string]func(ctx context.Context, r Repository, d digest.Digest) error{
+		"manifest":   func(ctx context.Context, r Repository, d digest.Digest) error { return r.DeleteManifest(ctx, d) },
+		"repository": func(ctx context.Context, r Repository, _ digest.Digest) error { return r.DeleteRepository(ctx) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachStop(t, []time.Duration{0}, func(t *testing.T, s *scene, at *stop) {
+				if err := s.push(t.Context(), "b", "new"); err != nil {
+					t.Fatal(err)
+				}
+				r := s.repo("b")
+				if err := remove(at.process.as(t.Context()), r, s.image.manifest); err != nil && !at.process.dead.Load() {
+					t.Fatal(err)
+				}
+				if err := remove(t.Context(), r, s.image.manifest); ignoreAbsent(err) != nil {
+					t.Fatal(err)
+				}
+				if _, err := r.Manifest(t.Context(), s.image.manifest); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("the manifest is there: %v", err)
+				}
+				if d, err := r.Tag(t.Context(), "new"); err == nil {
+					t.Errorf("the tag names %s", d)
+				}
+				s.finish("b", false)
+			})
+		})
+	}
+}
