@@ -105,9 +105,10 @@ func (s *s3Store) copy(ctx context.Context, from, to string, metadata map[string
 	})
 }
 
-// source names an object for a header.
+// source names an object for a header, where some take a plus for a space.
 func (s *s3Store) source(key string) *string {
-	return aws.String(s.bucket + "/" + strings.ReplaceAll(url.PathEscape(key), "%2F", "/"))
+	escaped := strings.NewReplacer("%2F", "/", "+", "%2B").Replace(url.PathEscape(key))
+	return aws.String(s.bucket + "/" + escaped)
 }
 
 // copyParts copies what is too large for one step, of one version.

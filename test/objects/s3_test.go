@@ -24,3 +24,14 @@ func TestMinIO(t *testing.T) {
 		buckettest.Run(t, open(t, c))
 	})
 }
+
+func TestVersityGW(t *testing.T) {
+	s, err := StartVersityGW(t.Context(), t.TempDir(), "images")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	c := minioConfig(t, s)
+	c.S3.Prefix, c.S3.CopyLimit = "edge/images", 6<<20
+	buckettest.Run(t, open(t, c))
+}

@@ -1,0 +1,40 @@
+package objects
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+)
+
+// StartVersityGW starts a Versity S3 Gateway, which keeps buckets as directories
+// of one that has extended attributes. It takes the credentials of a [MinIO].
+func StartVersityGW(ctx context.Context, data string, buckets ...string) (*Server, error) {
+	program, err := tool("versitygw", "versitygw")
+	if err != nil {
+		return nil, err
+	}
+	address, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range buckets {
+		if err := os.MkdirAll(filepath.Join(data, b), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	s := &Server{URL: "http://" + address}
+	s.command = func() *exec.Cmd {
+		cmd := exec.Command(program, "--port", address, "--quiet", "--health", "/health", "posix", data)
+		cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKeyID, "ROOT_SECRET_KEY="+SecretAccessKey)
+		return cmd
+	}
+	s.ready = answers(&http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}, s.URL+"/health", http.StatusOK)
+	if err := s.start(ctx); err != nil {
+		return nil, fmt.Errorf("Versity S3 Gateway: %w", err)
+	}
+	return s, nil
+}
