@@ -278,12 +278,17 @@ func (r Repository) DeleteTag(ctx context.Context, tag string) error {
 // repository. Its bytes stay until garbage collection. The error is
 // fs.ErrNotExist when it is not part of the repository.
 func (r Repository) DeleteManifest(ctx context.Context, d digest.Digest) error {
-	if err := r.unlink(ctx, r.path+"/_manifests/revisions/", d); err != nil {
-		return err
+	gone := r.unlink(ctx, r.path+"/_manifests/revisions/", d)
+	if ignoreAbsent(gone) != nil {
+		return gone
 	}
+	// Also when it is gone already: a deletion may have ended half way.
 	tags, err := r.tagsOf(ctx, d)
 	if err != nil {
 		return err
+	}
+	if len(tags) == 0 {
+		return gone
 	}
 	for _, tag := range tags {
 		if err := r.DeleteTag(ctx, tag); err != nil && !errors.Is(err, fs.ErrNotExist) {
