@@ -50,8 +50,9 @@ func broken(err error) bool {
 			return true
 		}
 	}
-	// Wrapped as text: by the HTTP/2 transport and by containerd's API.
-	for _, text := range []string{"connection refused", "connection reset by peer", "unexpected EOF", ": EOF", "client connection lost", "client connection force closed",
+	// Wrapped as text: by the HTTP/2 transport and by containerd's API, which says
+	// that it has cancelled a piece of a layer when the connection of another broke.
+	for _, text := range []string{"failed to copy: context canceled", "connection refused", "connection reset by peer", "unexpected EOF", ": EOF", "client connection lost", "client connection force closed",
 		"server closed idle connection", "broken pipe", "use of closed network connection", "client conn not usable", "client conn could not be established", "write on closed"} {
 		if strings.Contains(err.Error(), text) {
 			return true
