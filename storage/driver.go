@@ -140,7 +140,11 @@ func (d *driver) putBlob(ctx context.Context, dgst digest.Digest, content []byte
 // A move from anywhere else to a blob's path brings no such promise and leaves
 // the file to be hashed when it is first read, as a crash before this point does.
 func (d *driver) Move(ctx context.Context, source, dest string) error {
-	if err := d.store.medium.move(ctx, source, dest); err != nil {
+	err := d.store.medium.move(ctx, source, dest)
+	if errors.Is(err, fs.ErrNotExist) {
+		return d.error(source, err)
+	}
+	if err != nil {
 		return err
 	}
 	if dgst, ok := parseBlobPath(dest); ok {

@@ -39,108 +39,118 @@ func entries(t *testing.T, s *Store, n int) []Entry {
 }
 
 func TestJournal(t *testing.T) {
-	s := open(t, t.TempDir())
-	want := []Change{
-		{Action: ActionPush, Repository: "a/b", Tag: "1", Digest: digest.FromString("1"), MediaType: "x/y", Size: 7, Actor: "ci"},
-		{Action: ActionDelete, Repository: "a/b", Digest: digest.FromString("2")},
-		{Action: ActionDelete, Repository: "a/c"},
-	}
-	began := time.Now()
-	for _, c := range want {
-		if err := s.Journal().Record(t.Context(), c, done); err != nil {
-			t.Fatal(err)
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		want := []Change{
+			{Action: ActionPush, Repository: "a/b", Tag: "1", Digest: digest.FromString("1"), MediaType: "x/y", Size: 7, Actor: "ci"},
+			{Action: ActionDelete, Repository: "a/b", Digest: digest.FromString("2")},
+			{Action: ActionDelete, Repository: "a/c"},
 		}
-	}
-	got := entries(t, open(t, s.root), 0)
-	if diff := cmp.Diff([]Entry{{Change: want[0]}, {Change: want[1]}, {Change: want[2]}}, got, cmpopts.IgnoreFields(Entry{}, "ID", "Time")); diff != "" {
-		t.Fatalf("(-want +got):\n%s", diff)
-	}
-	if first := entries(t, s, 1); len(first) != 1 || first[0].ID != got[0].ID {
-		t.Errorf("first entry is %v", first)
-	}
-	if n, oldest, err := s.Journal().Backlog(t.Context()); n != 3 || err != nil || oldest.Before(began.Add(-time.Second)) || oldest.After(time.Now()) {
-		t.Errorf("backlog %d since %v, %v", n, oldest, err)
-	}
-	if err := s.Journal().Done(t.Context(), got[0].ID, got[2].ID, got[2].ID); err != nil {
-		t.Error(err)
-	}
-	if left := entries(t, s, 0); len(left) != 1 || left[0].ID != got[1].ID {
-		t.Errorf("left: %v", left)
-	}
-	if err := s.Journal().Done(t.Context(), "../../x"); !errors.Is(err, ErrName) {
-		t.Errorf("Done of what is no id: %v", err)
-	}
+		began := time.Now()
+		for _, c := range want {
+			if err := s.Journal().Record(t.Context(), c, done); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got := entries(t, open(), 0)
+		if diff := cmp.Diff([]Entry{{Change: want[0]}, {Change: want[1]}, {Change: want[2]}}, got, cmpopts.IgnoreFields(Entry{}, "ID", "Time")); diff != "" {
+			t.Fatalf("(-want +got):\n%s", diff)
+		}
+		if first := entries(t, s, 1); len(first) != 1 || first[0].ID != got[0].ID {
+			t.Errorf("first entry is %v", first)
+		}
+		if n, oldest, err := s.Journal().Backlog(t.Context()); n != 3 || err != nil || oldest.Before(began.Add(-time.Second)) || oldest.After(time.Now()) {
+			t.Errorf("backlog %d since %v, %v", n, oldest, err)
+		}
+		if err := s.Journal().Done(t.Context(), got[0].ID, got[2].ID, got[2].ID); err != nil {
+			t.Error(err)
+		}
+		if left := entries(t, s, 0); len(left) != 1 || left[0].ID != got[1].ID {
+			t.Errorf("left: %v", left)
+		}
+		if err := s.Journal().Done(t.Context(), "../../x"); !errors.Is(err, ErrName) {
+			t.Errorf("Done of what is no id: %v", err)
+		}
+	})
 }
 
 func TestJournalLeavesOutWhatFailed(t *testing.T) {
-	s := open(t, t.TempDir())
-	boom := errors.New("boom")
-	if err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { return boom }); !errors.Is(err, boom) {
-		t.Errorf("error %v", err)
-	}
-	if left := entries(t, s, 0); len(left) != 0 {
-		t.Errorf("journal has %v", left)
-	}
-	if n, _, _ := s.Journal().Backlog(t.Context()); n != 0 {
-		t.Errorf("%d files left", n)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		boom := errors.New("boom")
+		if err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { return boom }); !errors.Is(err, boom) {
+			t.Errorf("error %v", err)
+		}
+		if left := entries(t, s, 0); len(left) != 0 {
+			t.Errorf("journal has %v", left)
+		}
+		if n, _, _ := s.Journal().Backlog(t.Context()); n != 0 {
+			t.Errorf("%d files left", n)
+		}
+	})
 }
 
 // An entry may not be seen before its change, or the syncer would find nothing
 // and take it for done; if its process died, it must be.
 func TestJournalHidesAndFindsPending(t *testing.T) {
-	s := open(t, t.TempDir())
-	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error {
-		if e := entries(t, s, 0); len(e) != 0 {
-			t.Errorf("seen while it is being made: %v", e)
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error {
+			if e := entries(t, s, 0); len(e) != 0 {
+				t.Errorf("seen while it is being made: %v", e)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
-		return nil
+		id, content, err := s.Journal().begin(t.Context(), Change{Action: ActionPush, Repository: "dead"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		old := fmt.Sprintf("%020d-%s", time.Now().Add(-settleTime).UnixNano(), id[21:])
+		if err := s.medium.moveNote(t.Context(), noteOf(id, pendingSuffix), noteOf(old, pendingSuffix), content); err != nil {
+			t.Fatal(err)
+		}
+		got := entries(t, s, 0)
+		if len(got) != 2 || got[0].Repository != "dead" {
+			t.Fatalf("entries %v", got)
+		}
+		if err := s.Journal().Done(t.Context(), old); err != nil || len(entries(t, s, 0)) != 1 {
+			t.Errorf("Done: %v", err)
+		}
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, _, err := s.Journal().begin(t.Context(), Change{Action: ActionPush, Repository: "dead"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	old := fmt.Sprintf("%020d-%s", time.Now().Add(-settleTime).UnixNano(), id[21:])
-	if err := os.Rename(filepath.Join(filepath.Join(s.root, journalDir), id+pendingSuffix), filepath.Join(filepath.Join(s.root, journalDir), old+pendingSuffix)); err != nil {
-		t.Fatal(err)
-	}
-	got := entries(t, s, 0)
-	if len(got) != 2 || got[0].Repository != "dead" {
-		t.Fatalf("entries %v", got)
-	}
-	if err := s.Journal().Done(t.Context(), old); err != nil || len(entries(t, s, 0)) != 1 {
-		t.Errorf("Done: %v", err)
-	}
 }
 
 func TestJournalOutlivesBeingTakenForDead(t *testing.T) {
-	s := open(t, t.TempDir())
-	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "slow"}, func() error {
-		names, _ := s.Journal().names(t.Context())
-		return s.Journal().Done(t.Context(), strings.TrimSuffix(names[0], pendingSuffix))
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "slow"}, func() error {
+			names, _ := s.Journal().names(t.Context())
+			return s.Journal().Done(t.Context(), strings.TrimSuffix(names[0], pendingSuffix))
+		})
+		if err != nil || len(entries(t, s, 0)) != 1 {
+			t.Errorf("entries %v, %v", entries(t, s, 0), err)
+		}
 	})
-	if err != nil || len(entries(t, s, 0)) != 1 {
-		t.Errorf("entries %v, %v", entries(t, s, 0), err)
-	}
 }
 
 func TestJournalIsBounded(t *testing.T) {
-	s := open(t, t.TempDir())
-	s.journal.limit = 3
-	for i := range 3 {
-		record(t, s, fmt.Sprint(i))
-	}
-	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
-	if !errors.Is(err, ErrJournalFull) {
-		t.Errorf("error %v", err)
-	}
-	if err := s.Journal().Done(t.Context(), entries(t, s, 1)[0].ID); err != nil {
-		t.Fatal(err)
-	}
-	record(t, s, "again")
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		s.journal.limit = 3
+		for i := range 3 {
+			record(t, s, fmt.Sprint(i))
+		}
+		err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
+		if !errors.Is(err, ErrJournalFull) {
+			t.Errorf("error %v", err)
+		}
+		if err := s.Journal().Done(t.Context(), entries(t, s, 1)[0].ID); err != nil {
+			t.Fatal(err)
+		}
+		record(t, s, "again")
+	})
 }
 
 func TestJournalThatCannotBeWrittenRefuses(t *testing.T) {

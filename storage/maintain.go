@@ -55,6 +55,14 @@ func or[T comparable](v, unset T) T {
 //
 // What it reports is true also beside an error.
 func (s *Store) Maintain(ctx context.Context, m Maintenance) (Maintained, error) {
+	did, err := s.maintain(ctx, m)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return did, err
+}
+
+func (s *Store) maintain(ctx context.Context, m Maintenance) (Maintained, error) {
 	var did Maintained
 	var err error
 	began := time.Now()

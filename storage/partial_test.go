@@ -174,72 +174,76 @@ func overwrite(t *testing.T, file string, at int64) {
 }
 
 func TestPartialRefuses(t *testing.T) {
-	s := open(t, t.TempDir())
-	content, d := partialContent(5000)
-	p := openPartial(t, s, d, 5000, 1000)
-	if _, err := s.OpenPartial(d, 5000, 1000); !errors.Is(err, ErrBusy) {
-		t.Errorf("opened twice: %v", err)
-	}
-	if err := p.Write(0, content[:1001]); err == nil {
-		t.Error("more than a chunk was taken")
-	}
-	for i := range 4 {
-		if err := fill(p, content, i, 1000); err != nil {
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content, d := partialContent(5000)
+		p := openPartial(t, s, d, 5000, 1000)
+		if _, err := s.OpenPartial(d, 5000, 1000); !errors.Is(err, ErrBusy) {
+			t.Errorf("opened twice: %v", err)
+		}
+		if err := p.Write(0, content[:1001]); err == nil {
+			t.Error("more than a chunk was taken")
+		}
+		for i := range 4 {
+			if err := fill(p, content, i, 1000); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if freed, err := s.RemovePartials(); err != nil || freed != 0 {
+			t.Errorf("%d bytes of what is open were removed: %v", freed, err)
+		}
+		if err := p.Commit(t.Context()); !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("committed in part: %v", err)
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+
+		p = openPartial(t, s, d, 5000, 1000)
+		if err := p.Write(4, make([]byte, 1000)); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if freed, err := s.RemovePartials(); err != nil || freed != 0 {
-		t.Errorf("%d bytes of what is open were removed: %v", freed, err)
-	}
-	if err := p.Commit(t.Context()); !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("committed in part: %v", err)
-	}
-	if err := p.Close(); err != nil {
-		t.Error(err)
-	}
+		if err := p.Commit(t.Context()); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("wrong bytes were taken: %v", err)
+		}
+		if _, err := s.OpenBlob(t.Context(), d); err == nil {
+			t.Error("wrong bytes are served")
+		}
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+		if freed, err := s.RemovePartials(); err != nil || freed != 5000 {
+			t.Errorf("%d bytes freed, %v", freed, err)
+		}
 
-	p = openPartial(t, s, d, 5000, 1000)
-	if err := p.Write(4, make([]byte, 1000)); err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Commit(t.Context()); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("wrong bytes were taken: %v", err)
-	}
-	if _, err := s.OpenBlob(t.Context(), d); err == nil {
-		t.Error("wrong bytes are served")
-	}
-	if err := p.Close(); err != nil {
-		t.Error(err)
-	}
-	if freed, err := s.RemovePartials(); err != nil || freed != 5000 {
-		t.Errorf("%d bytes freed, %v", freed, err)
-	}
-
-	p = openPartial(t, s, d, 5000, 1000)
-	if p.Present() != 0 {
-		t.Error("removed bytes are there")
-	}
-	if err := p.Discard(); err != nil {
-		t.Error(err)
-	}
-	if left, err := os.ReadDir(filepath.Join(s.root, partialDir)); err != nil || len(left) > 0 {
-		t.Errorf("left: %v %v", left, err)
-	}
-	if _, err := s.OpenPartial("sha256:../../x", 1, 1); err == nil {
-		t.Error("a path was taken for a digest")
-	}
+		p = openPartial(t, s, d, 5000, 1000)
+		if p.Present() != 0 {
+			t.Error("removed bytes are there")
+		}
+		if err := p.Discard(); err != nil {
+			t.Error(err)
+		}
+		if left, err := os.ReadDir(filepath.Join(s.root, partialDir)); err != nil || len(left) > 0 {
+			t.Errorf("left: %v %v", left, err)
+		}
+		if _, err := s.OpenPartial("sha256:../../x", 1, 1); err == nil {
+			t.Error("a path was taken for a digest")
+		}
+	})
 }
 
 // A manifest can claim any size. That costs nothing until bytes come.
 func TestPartialOfAnySize(t *testing.T) {
-	s := open(t, t.TempDir())
-	p := openPartial(t, s, digest.FromString("x"), 1<<62, 1)
-	if p.Chunks() > maxChunks {
-		t.Errorf("%d chunks", p.Chunks())
-	}
-	if offset, length := p.Missing(p.Chunks() - 1); offset+length != 1<<62 || length <= 0 {
-		t.Errorf("the last chunk is %d bytes at %d", length, offset)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		p := openPartial(t, s, digest.FromString("x"), 1<<62, 1)
+		if p.Chunks() > maxChunks {
+			t.Errorf("%d chunks", p.Chunks())
+		}
+		if offset, length := p.Missing(p.Chunks() - 1); offset+length != 1<<62 || length <= 0 {
+			t.Errorf("the last chunk is %d bytes at %d", length, offset)
+		}
+	})
 }
 
 func FuzzPartialState(f *testing.F) {

@@ -26,87 +26,93 @@ func repository(t *testing.T, s *Store, name string) Repository {
 }
 
 func TestPutManifest(t *testing.T) {
-	s := open(t, t.TempDir())
-	r := repository(t, s, "a/b")
-	content := []byte(`{"schemaVersion":2}`)
-	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
-		d := alg.FromBytes(content)
-		tags := []string{"one-" + alg.String(), "two-" + alg.String()}
-		for range 2 { // again is the same
-			if err := r.PutManifest(t.Context(), d, content, tags...); err != nil {
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		r := repository(t, s, "a/b")
+		content := []byte(`{"schemaVersion":2}`)
+		for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
+			d := alg.FromBytes(content)
+			tags := []string{"one-" + alg.String(), "two-" + alg.String()}
+			for range 2 { // again is the same
+				if err := r.PutManifest(t.Context(), d, content, tags...); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, tag := range tags {
+				if got, err := r.Tag(t.Context(), tag); err != nil || got != d {
+					t.Errorf("tag %s: %s, %v", tag, got, err)
+				}
+			}
+			f, err := r.OpenManifest(t.Context(), d)
+			if err != nil {
 				t.Fatal(err)
 			}
-		}
-		for _, tag := range tags {
-			if got, err := r.Tag(t.Context(), tag); err != nil || got != d {
-				t.Errorf("tag %s: %s, %v", tag, got, err)
+			got, err := io.ReadAll(f)
+			f.Close()
+			if err != nil || string(got) != string(content) || !f.sealed {
+				t.Errorf("%s: %q, sealed %v, %v", d, got, f.sealed, err)
 			}
 		}
-		f, err := r.OpenManifest(t.Context(), d)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := io.ReadAll(f)
-		f.Close()
-		if err != nil || string(got) != string(content) || !f.sealed {
-			t.Errorf("%s: %q, sealed %v, %v", d, got, f.sealed, err)
-		}
-	}
+	})
 }
 
 func TestPutManifestRefuses(t *testing.T) {
-	s := open(t, t.TempDir())
-	r := repository(t, s, "a")
-	content := []byte("{}")
-	d := digest.FromBytes(content)
-	if err := r.PutManifest(t.Context(), digest.FromString("other"), content, "t"); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("other content: %v", err)
-	}
-	if err := r.PutManifest(t.Context(), d, content, "../t"); !errors.Is(err, ErrName) {
-		t.Errorf("impossible tag: %v", err)
-	}
-	if err := r.PutManifest(t.Context(), "nonsense", content); err == nil {
-		t.Error("invalid digest")
-	}
-	if _, err := os.Stat(s.path(r.path)); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("something was stored: %v", err)
-	}
-	// Content that is stored already does not excuse other content.
-	if err := r.PutManifest(t.Context(), d, content); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.PutManifest(t.Context(), d, []byte("[]")); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("other content under a stored digest: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		r := repository(t, s, "a")
+		content := []byte("{}")
+		d := digest.FromBytes(content)
+		if err := r.PutManifest(t.Context(), digest.FromString("other"), content, "t"); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("other content: %v", err)
+		}
+		if err := r.PutManifest(t.Context(), d, content, "../t"); !errors.Is(err, ErrName) {
+			t.Errorf("impossible tag: %v", err)
+		}
+		if err := r.PutManifest(t.Context(), "nonsense", content); err == nil {
+			t.Error("invalid digest")
+		}
+		if _, err := s.medium.list(t.Context(), r.path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("something was stored: %v", err)
+		}
+		// Content that is stored already does not excuse other content.
+		if err := r.PutManifest(t.Context(), d, content); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.PutManifest(t.Context(), d, []byte("[]")); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("other content under a stored digest: %v", err)
+		}
+	})
 }
 
 func TestLinkLayer(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := mustUpload(t, s, "from", []byte("blob"))
-	to := repository(t, s, "to")
-	if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("before: %v", err)
-	}
-	if err := to.LinkLayer(t.Context(), d); err != nil {
-		t.Fatal(err)
-	}
-	f, err := to.OpenLayer(t.Context(), d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
-	if err := to.LinkLayer(t.Context(), digest.FromString("absent")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("absent: %v", err)
-	}
-	if err := to.DeleteLayer(t.Context(), d); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("deleted: %v", err)
-	}
-	if _, err := repository(t, s, "from").OpenLayer(t.Context(), d); err != nil {
-		t.Errorf("in the other repository: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := mustUpload(t, s, "from", []byte("blob"))
+		to := repository(t, s, "to")
+		if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("before: %v", err)
+		}
+		if err := to.LinkLayer(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		f, err := to.OpenLayer(t.Context(), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		if err := to.LinkLayer(t.Context(), digest.FromString("absent")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("absent: %v", err)
+		}
+		if err := to.DeleteLayer(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := to.OpenLayer(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("deleted: %v", err)
+		}
+		if _, err := repository(t, s, "from").OpenLayer(t.Context(), d); err != nil {
+			t.Errorf("in the other repository: %v", err)
+		}
+	})
 }
 
 // What a power failure leaves of a link on a file system that does not order
@@ -130,81 +136,85 @@ func TestDamagedLinkIsAbsent(t *testing.T) {
 }
 
 func TestTags(t *testing.T) {
-	s := open(t, t.TempDir())
-	r := repository(t, s, "a")
-	if _, _, err := r.Tags(t.Context(), "", -1); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("none yet: %v", err)
-	}
-	all := []string{"V1", "_", "v1", "v1.0", "v10", "v2"}
-	for _, tag := range all {
-		if err := r.PutManifest(t.Context(), digest.FromString("{}"), []byte("{}"), tag); err != nil {
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		r := repository(t, s, "a")
+		if _, _, err := r.Tags(t.Context(), "", -1); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("none yet: %v", err)
+		}
+		all := []string{"V1", "_", "v1", "v1.0", "v10", "v2"}
+		for _, tag := range all {
+			if err := r.PutManifest(t.Context(), digest.FromString("{}"), []byte("{}"), tag); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// Foreign things in the directory are no tags.
+		if err := s.medium.putFile(t.Context(), r.path+"/_manifests/tags/.snapshot/x", nil); err != nil {
 			t.Fatal(err)
 		}
-	}
-	// Foreign things in the directory are no tags.
-	if err := os.MkdirAll(s.path(r.path+"/_manifests/tags/.snapshot"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for _, test := range []struct {
-		last string
-		n    int
-		want []string
-		more bool
-	}{
-		{"", -1, all, false},
-		{"", 6, all, false},
-		{"", 5, all[:5], true},
-		{"v1", 2, all[3:5], true},
-		{"v1", 3, all[3:], false},
-		{"v1.", -1, all[3:], false},
-		{"zzz", -1, []string{}, false},
-		{"", 0, []string{}, true},
-	} {
-		got, more, err := r.Tags(t.Context(), test.last, test.n)
-		if diff := cmp.Diff(test.want, got); diff != "" || more != test.more || err != nil {
-			t.Errorf("Tags(%q, %d): more %v, %v (-want +got):\n%s", test.last, test.n, more, err, diff)
+		for _, test := range []struct {
+			last string
+			n    int
+			want []string
+			more bool
+		}{
+			{"", -1, all, false},
+			{"", 6, all, false},
+			{"", 5, all[:5], true},
+			{"v1", 2, all[3:5], true},
+			{"v1", 3, all[3:], false},
+			{"v1.", -1, all[3:], false},
+			{"zzz", -1, []string{}, false},
+			{"", 0, []string{}, true},
+		} {
+			got, more, err := r.Tags(t.Context(), test.last, test.n)
+			if diff := cmp.Diff(test.want, got); diff != "" || more != test.more || err != nil {
+				t.Errorf("Tags(%q, %d): more %v, %v (-want +got):\n%s", test.last, test.n, more, err, diff)
+			}
 		}
-	}
+	})
 }
 
 func TestRepositories(t *testing.T) {
-	s := open(t, t.TempDir())
-	want := []string{"a", "a/b", "a/b/c", "a-b", "a.b/c", "a0", "ab", "b/c/d"}
-	for _, name := range want {
-		r := repository(t, s, name)
-		if err := r.PutManifest(t.Context(), digest.FromString("{}"), []byte("{}")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	mustUpload(t, s, "no/manifest", []byte("blob"))
-	list := func(last string) []string {
-		var names []string
-		for name, err := range s.Repositories(t.Context(), last) {
-			if err != nil {
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		want := []string{"a", "a/b", "a/b/c", "a-b", "a.b/c", "a0", "ab", "b/c/d"}
+		for _, name := range want {
+			r := repository(t, s, name)
+			if err := r.PutManifest(t.Context(), digest.FromString("{}"), []byte("{}")); err != nil {
 				t.Fatal(err)
 			}
-			names = append(names, name)
 		}
-		return names
-	}
-	if diff := cmp.Diff(want, list("")); diff != "" {
-		t.Errorf("all (-want +got):\n%s", diff)
-	}
-	for i, name := range want {
-		if diff := cmp.Diff(want[i+1:], list(name), cmp.Transformer("", func(s []string) string { return strings.Join(s, " ") })); diff != "" {
-			t.Errorf("after %s (-want +got):\n%s", name, diff)
+		mustUpload(t, s, "no/manifest", []byte("blob"))
+		list := func(last string) []string {
+			var names []string
+			for name, err := range s.Repositories(t.Context(), last) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				names = append(names, name)
+			}
+			return names
 		}
-	}
-	for last, first := range map[string]string{"a/a": "a/b", "a/b/z": "a-b", "a.b": "a.b/c", "../x": "a", "aa": "ab"} {
-		if got := list(last); len(got) == 0 || got[0] != first {
-			t.Errorf("after %q: %v, want %s first", last, got, first)
+		if diff := cmp.Diff(want, list("")); diff != "" {
+			t.Errorf("all (-want +got):\n%s", diff)
 		}
-	}
-	for name := range s.Repositories(t.Context(), "") { // a consumer may stop
-		if name == "a/b" {
-			break
+		for i, name := range want {
+			if diff := cmp.Diff(want[i+1:], list(name), cmp.Transformer("", func(s []string) string { return strings.Join(s, " ") })); diff != "" {
+				t.Errorf("after %s (-want +got):\n%s", name, diff)
+			}
 		}
-	}
+		for last, first := range map[string]string{"a/a": "a/b", "a/b/z": "a-b", "a.b": "a.b/c", "../x": "a", "aa": "ab"} {
+			if got := list(last); len(got) == 0 || got[0] != first {
+				t.Errorf("after %q: %v, want %s first", last, got, first)
+			}
+		}
+		for name := range s.Repositories(t.Context(), "") { // a consumer may stop
+			if name == "a/b" {
+				break
+			}
+		}
+	})
 }
 
 // Names are paths on disk: what is valid must be what distribution's grammar,
@@ -246,39 +256,41 @@ func mustName(name string) reference.Named {
 
 // The layout is distribution's: what one writes the other reads.
 func TestDistributionReadsWhatIsPut(t *testing.T) {
-	s := open(t, t.TempDir())
-	r := repository(t, s, "a/b")
-	config := mustUpload(t, s, "a/b", []byte("{}"))
-	content := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q,"size":2},"layers":[]}`, config)
-	d := digest.FromBytes(content)
-	if err := r.PutManifest(t.Context(), d, content, "t"); err != nil {
-		t.Fatal(err)
-	}
-	theirs, err := s.Namespace().Repository(t.Context(), mustName("a/b"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	desc, err := theirs.Tags(t.Context()).Get(t.Context(), "t")
-	if err != nil || desc.Digest != d {
-		t.Errorf("tag: %v, %v", desc, err)
-	}
-	manifests, err := theirs.Manifests(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := manifests.Get(t.Context(), d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, got, _ := m.Payload(); string(got) != string(content) {
-		t.Errorf("manifest %s", got)
-	}
-	if err := manifests.Delete(t.Context(), d); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := r.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("after they deleted it: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		r := repository(t, s, "a/b")
+		config := mustUpload(t, s, "a/b", []byte("{}"))
+		content := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q,"size":2},"layers":[]}`, config)
+		d := digest.FromBytes(content)
+		if err := r.PutManifest(t.Context(), d, content, "t"); err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := s.Namespace().Repository(t.Context(), mustName("a/b"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		desc, err := theirs.Tags(t.Context()).Get(t.Context(), "t")
+		if err != nil || desc.Digest != d {
+			t.Errorf("tag: %v, %v", desc, err)
+		}
+		manifests, err := theirs.Manifests(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := manifests.Get(t.Context(), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, got, _ := m.Payload(); string(got) != string(content) {
+			t.Errorf("manifest %s", got)
+		}
+		if err := manifests.Delete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.OpenManifest(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("after they deleted it: %v", err)
+		}
+	})
 }
 
 func TestReferrers(t *testing.T) {
@@ -359,40 +371,42 @@ func TestReferrers(t *testing.T) {
 
 // Whoever stores manifests by way of distribution need not know of the list.
 func TestReferrersByWayOfDistribution(t *testing.T) {
-	s := open(t, t.TempDir())
-	theirs, err := s.Namespace().Repository(t.Context(), mustName("a"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifests, err := theirs.Manifests(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	subject := digest.FromString("subject")
-	content := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"artifactType":"a/b","subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":%q}}`, subject)
-	m, desc, err := distribution.UnmarshalManifest("application/vnd.oci.image.index.v1+json", content)
-	if err != nil {
-		t.Fatal(err)
-	}
-	count := func() (n int) {
-		for got, err := range repository(t, s, "a").Referrers(t.Context(), subject, "") {
-			if err != nil || got.Digest != desc.Digest {
-				t.Errorf("%v, %v", got, err)
-			}
-			n++
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		theirs, err := s.Namespace().Repository(t.Context(), mustName("a"))
+		if err != nil {
+			t.Fatal(err)
 		}
-		return n
-	}
-	if _, err := manifests.Put(t.Context(), m); err != nil {
-		t.Fatal(err)
-	}
-	if got := count(); got != 1 {
-		t.Errorf("%d after putting, want 1", got)
-	}
-	if err := manifests.Delete(t.Context(), desc.Digest); err != nil {
-		t.Fatal(err)
-	}
-	if got := count(); got != 0 {
-		t.Errorf("%d after deleting, want 0", got)
-	}
+		manifests, err := theirs.Manifests(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		subject := digest.FromString("subject")
+		content := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"artifactType":"a/b","subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":%q}}`, subject)
+		m, desc, err := distribution.UnmarshalManifest("application/vnd.oci.image.index.v1+json", content)
+		if err != nil {
+			t.Fatal(err)
+		}
+		count := func() (n int) {
+			for got, err := range repository(t, s, "a").Referrers(t.Context(), subject, "") {
+				if err != nil || got.Digest != desc.Digest {
+					t.Errorf("%v, %v", got, err)
+				}
+				n++
+			}
+			return n
+		}
+		if _, err := manifests.Put(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		if got := count(); got != 1 {
+			t.Errorf("%d after putting, want 1", got)
+		}
+		if err := manifests.Delete(t.Context(), desc.Digest); err != nil {
+			t.Fatal(err)
+		}
+		if got := count(); got != 0 {
+			t.Errorf("%d after deleting, want 0", got)
+		}
+	})
 }

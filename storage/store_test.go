@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,12 +26,7 @@ import (
 
 func open(t *testing.T, root string) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), Config{Root: root, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Close() })
-	return s
+	return openWith(t, Config{Root: root})
 }
 
 // upload pushes a blob the way distribution does.
@@ -74,181 +68,170 @@ func random(n int) []byte {
 	return b
 }
 
-// flip changes one byte of a blob on disk, as anything that writes to files
-// may.
-func flip(t *testing.T, s *Store, d digest.Digest) {
-	t.Helper()
-	f, err := os.OpenFile(s.path(blobPath(d)), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	var b [1]byte
-	if _, err := f.ReadAt(b[:], 7); err != nil {
-		t.Fatal(err)
-	}
-	b[0] ^= 0x40
-	if _, err := f.WriteAt(b[:], 7); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func unseal(t *testing.T, s *Store, d digest.Digest) {
-	t.Helper()
-	now := time.Now()
-	if err := os.Chtimes(s.path(blobPath(d)), now, now); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestUploadArrivesSealed(t *testing.T) {
-	s := open(t, t.TempDir())
-	content := random(1 << 20)
-	d := mustUpload(t, s, "a/b", content)
-	if !sealed(t, s.path(blobPath(d)), d) {
-		t.Fatal("not sealed")
-	}
-	got, err := s.Driver().GetContent(t.Context(), blobPath(d))
-	if err != nil || !bytes.Equal(got, content) {
-		t.Fatalf("read back %d bytes, %v", len(got), err)
-	}
-	if diff := cmp.Diff(Stats{}, s.Stats()); diff != "" {
-		t.Errorf("stats (-want +got):\n%s", diff)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content := random(1 << 20)
+		d := mustUpload(t, s, "a/b", content)
+		if !isSealed(t, s, d) {
+			t.Fatal("not sealed")
+		}
+		got, err := s.Driver().GetContent(t.Context(), blobPath(d))
+		if err != nil || !bytes.Equal(got, content) {
+			t.Fatalf("read back %d bytes, %v", len(got), err)
+		}
+		if diff := cmp.Diff(Stats{}, s.Stats()); diff != "" {
+			t.Errorf("stats (-want +got):\n%s", diff)
+		}
+	})
 }
 
 func TestSmallBlobArrivesSealed(t *testing.T) {
-	s := open(t, t.TempDir())
-	content := []byte(`{"schemaVersion":2}`)
-	d := digest.FromBytes(content)
-	if err := s.Driver().PutContent(t.Context(), blobPath(d), content); err != nil {
-		t.Fatal(err)
-	}
-	if !sealed(t, s.path(blobPath(d)), d) {
-		t.Error("not sealed")
-	}
-	other := digest.FromString("other")
-	if err := s.Driver().PutContent(t.Context(), blobPath(other), content); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("stored under another digest: %v, want ErrCorrupt", err)
-	}
-	if _, err := os.Stat(s.path(blobPath(other))); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("left something behind: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content := []byte(`{"schemaVersion":2}`)
+		d := digest.FromBytes(content)
+		if err := s.Driver().PutContent(t.Context(), blobPath(d), content); err != nil {
+			t.Fatal(err)
+		}
+		if !isSealed(t, s, d) {
+			t.Error("not sealed")
+		}
+		other := digest.FromString("other")
+		if err := s.Driver().PutContent(t.Context(), blobPath(other), content); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("stored under another digest: %v, want ErrCorrupt", err)
+		}
+		if _, _, err := s.medium.statBlob(t.Context(), other); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("left something behind: %v", err)
+		}
+	})
 }
 
 func TestEmptyBlob(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := mustUpload(t, s, "a", nil)
-	if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || len(got) != 0 {
-		t.Errorf("read %q, %v", got, err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := mustUpload(t, s, "a", nil)
+		if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || len(got) != 0 {
+			t.Errorf("read %q, %v", got, err)
+		}
+	})
 }
 
 // Only what distribution has verified, the data of an upload, may be sealed by
 // being moved.
 func TestMoveFromElsewhereIsNotTrusted(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := digest.FromString("right")
-	if err := s.Driver().PutContent(t.Context(), "/elsewhere/data", []byte("wrong")); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Driver().Move(t.Context(), "/elsewhere/data", blobPath(d)); err != nil {
-		t.Fatal(err)
-	}
-	var absent storagedriver.PathNotFoundError
-	if _, err := s.Driver().GetContent(t.Context(), blobPath(d)); !errors.As(err, &absent) {
-		t.Errorf("read: %v, want PathNotFoundError", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := digest.FromString("right")
+		if err := s.Driver().PutContent(t.Context(), "/elsewhere/data", []byte("wrong")); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Driver().Move(t.Context(), "/elsewhere/data", blobPath(d)); err != nil {
+			t.Fatal(err)
+		}
+		var absent storagedriver.PathNotFoundError
+		if _, err := s.Driver().GetContent(t.Context(), blobPath(d)); !errors.As(err, &absent) {
+			t.Errorf("read: %v, want PathNotFoundError", err)
+		}
+	})
 }
 
 func TestMoveReplacesWhatIsThere(t *testing.T) {
-	s := open(t, t.TempDir())
-	ctx := t.Context()
-	for _, content := range []string{"one", "two"} {
-		if err := s.Driver().PutContent(ctx, "/from", []byte(content)); err != nil {
-			t.Fatal(err)
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		ctx := t.Context()
+		for _, content := range []string{"one", "two"} {
+			if err := s.Driver().PutContent(ctx, "/from", []byte(content)); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Driver().Move(ctx, "/from", "/to/file"); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.Driver().GetContent(ctx, "/to/file"); err != nil || string(got) != content {
+				t.Errorf("read %q, %v", got, err)
+			}
 		}
-		if err := s.Driver().Move(ctx, "/from", "/to/file"); err != nil {
-			t.Fatal(err)
+		var absent storagedriver.PathNotFoundError
+		if err := s.Driver().Move(ctx, "/from", "/to/file"); !errors.As(err, &absent) {
+			t.Errorf("moving what is gone: %v, want PathNotFoundError", err)
 		}
-		if got, err := s.Driver().GetContent(ctx, "/to/file"); err != nil || string(got) != content {
-			t.Errorf("read %q, %v", got, err)
-		}
-	}
-	var absent storagedriver.PathNotFoundError
-	if err := s.Driver().Move(ctx, "/from", "/to/file"); !errors.As(err, &absent) {
-		t.Errorf("moving what is gone: %v, want PathNotFoundError", err)
-	}
+	})
 }
 
 func TestCorruptBlobIsSetAsideAndCanBePushedAgain(t *testing.T) {
-	s := open(t, t.TempDir())
-	content := random(300_000)
-	d := mustUpload(t, s, "a", content)
-	flip(t, s, d)
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content := random(300_000)
+		d := mustUpload(t, s, "a", content)
+		flip(t, s, d)
 
-	var absent storagedriver.PathNotFoundError
-	if _, err := s.Driver().Stat(t.Context(), blobPath(d)); !errors.As(err, &absent) {
-		t.Errorf("Stat: %v, want PathNotFoundError", err)
-	}
-	if _, err := s.Driver().Reader(t.Context(), blobPath(d), 0); !errors.As(err, &absent) {
-		t.Errorf("Reader: %v, want PathNotFoundError", err)
-	}
-	if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("OpenBlob: %v, want ErrNotExist", err)
-	}
-	aside := filepath.Join(s.Root(), quarantineDir, "sha256-"+d.Encoded())
-	if fi, err := os.Stat(aside); err != nil || fi.Size() != int64(len(content)) {
-		t.Errorf("quarantine: %v, %v", fi, err)
-	}
-	if got := s.Stats().Quarantined; got != 1 {
-		t.Errorf("quarantined %d, want 1", got)
-	}
+		var absent storagedriver.PathNotFoundError
+		if _, err := s.Driver().Stat(t.Context(), blobPath(d)); !errors.As(err, &absent) {
+			t.Errorf("Stat: %v, want PathNotFoundError", err)
+		}
+		if _, err := s.Driver().Reader(t.Context(), blobPath(d), 0); !errors.As(err, &absent) {
+			t.Errorf("Reader: %v, want PathNotFoundError", err)
+		}
+		if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("OpenBlob: %v, want ErrNotExist", err)
+		}
+		aside, err := s.medium.readNote(t.Context(), quarantineDir+"/sha256-"+d.Encoded())
+		if err != nil || len(aside) != len(content) {
+			t.Errorf("quarantine: %d bytes, %v", len(aside), err)
+		}
+		if got := s.Stats().Quarantined; got != 1 {
+			t.Errorf("quarantined %d, want 1", got)
+		}
 
-	mustUpload(t, s, "a", content)
-	if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || !bytes.Equal(got, content) {
-		t.Errorf("after pushing again: %d bytes, %v", len(got), err)
-	}
+		mustUpload(t, s, "a", content)
+		if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("after pushing again: %d bytes, %v", len(got), err)
+		}
+	})
 }
 
 // distribution skips storing what a Stat says is there.
 func TestPushOverCorruptBlobReplacesIt(t *testing.T) {
-	s := open(t, t.TempDir())
-	content := random(100_000)
-	d := mustUpload(t, s, "a", content)
-	flip(t, s, d)
-	mustUpload(t, s, "b", content)
-	if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || !bytes.Equal(got, content) {
-		t.Errorf("read %d bytes, %v", len(got), err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content := random(100_000)
+		d := mustUpload(t, s, "a", content)
+		flip(t, s, d)
+		mustUpload(t, s, "b", content)
+		if got, err := s.Driver().GetContent(t.Context(), blobPath(d)); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("read %d bytes, %v", len(got), err)
+		}
+	})
 }
 
 func TestUnsealedBlobIsHashedOnceForAll(t *testing.T) {
-	s := open(t, t.TempDir())
-	content := random(4 << 20)
-	d := mustUpload(t, s, "a", content)
-	unseal(t, s, d)
-	var wg sync.WaitGroup
-	for range 20 {
-		wg.Go(func() {
-			r, err := s.Driver().Reader(t.Context(), blobPath(d), 1)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer r.Close()
-			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content[1:]) {
-				t.Errorf("read %d bytes, %v", len(got), err)
-			}
-		})
-	}
-	wg.Wait()
-	if got := s.Stats().Rehashed; got != 1 {
-		t.Errorf("hashed %d times, want once", got)
-	}
-	if !sealed(t, s.path(blobPath(d)), d) {
-		t.Error("not sealed again")
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		content := random(4 << 20)
+		d := mustUpload(t, s, "a", content)
+		unseal(t, s, d)
+		var wg sync.WaitGroup
+		for range 20 {
+			wg.Go(func() {
+				r, err := s.Driver().Reader(t.Context(), blobPath(d), 1)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer r.Close()
+				if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, content[1:]) {
+					t.Errorf("read %d bytes, %v", len(got), err)
+				}
+			})
+		}
+		wg.Wait()
+		if got := s.Stats().Rehashed; got != 1 {
+			t.Errorf("hashed %d times, want once", got)
+		}
+		if !isSealed(t, s, d) {
+			t.Error("not sealed again")
+		}
+	})
 }
 
 // A client that gives up must not make the next one begin from nothing.
@@ -267,44 +250,46 @@ func TestHashingOutlivesTheOneWhoAsked(t *testing.T) {
 	if v != nil {
 		<-v.done
 	}
-	if !sealed(t, s.path(blobPath(d)), d) {
+	if !isSealed(t, s, d) {
 		t.Error("not sealed")
 	}
 }
 
 func TestCloseEndsHashing(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := mustUpload(t, s, "a", random(1<<20))
-	unseal(t, s, d)
-	for range cap(s.hashing) { // nobody gets to hash
-		s.hashing <- struct{}{}
-	}
-	result := make(chan error)
-	go func() {
-		_, err := s.OpenBlob(t.Context(), d)
-		result <- err
-	}()
-	for {
-		s.mu.Lock()
-		n := len(s.pending)
-		s.mu.Unlock()
-		if n == 1 {
-			break
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := mustUpload(t, s, "a", random(1<<20))
+		unseal(t, s, d)
+		for range cap(s.hashing) { // nobody gets to hash
+			s.hashing <- struct{}{}
 		}
-		time.Sleep(time.Millisecond)
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-result; !errors.Is(err, errClosed) {
-		t.Errorf("waiting reader got %v, want errClosed", err)
-	}
-	if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, errClosed) {
-		t.Errorf("after Close: %v, want errClosed", err)
-	}
-	if err := s.Close(); err != nil {
-		t.Errorf("second Close: %v", err)
-	}
+		result := make(chan error)
+		go func() {
+			_, err := s.OpenBlob(t.Context(), d)
+			result <- err
+		}()
+		for {
+			s.mu.Lock()
+			n := len(s.pending)
+			s.mu.Unlock()
+			if n == 1 {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-result; !errors.Is(err, errClosed) {
+			t.Errorf("waiting reader got %v, want errClosed", err)
+		}
+		if _, err := s.OpenBlob(t.Context(), d); !errors.Is(err, errClosed) {
+			t.Errorf("after Close: %v, want errClosed", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Errorf("second Close: %v", err)
+		}
+	})
 }
 
 // A good copy that takes the place of a corrupt one between the hash and the
@@ -346,20 +331,22 @@ func TestDirectoryInPlaceOfBlob(t *testing.T) {
 }
 
 func TestReaderOffsets(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := mustUpload(t, s, "a", []byte("0123456789"))
-	r, err := s.Driver().Reader(t.Context(), blobPath(d), 4)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	if got, _ := io.ReadAll(r); string(got) != "456789" {
-		t.Errorf("from 4: %q", got)
-	}
-	var invalid storagedriver.InvalidOffsetError
-	if _, err := s.Driver().Reader(t.Context(), blobPath(d), -1); !errors.As(err, &invalid) {
-		t.Errorf("from -1: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := mustUpload(t, s, "a", []byte("0123456789"))
+		r, err := s.Driver().Reader(t.Context(), blobPath(d), 4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if got, _ := io.ReadAll(r); string(got) != "456789" {
+			t.Errorf("from 4: %q", got)
+		}
+		var invalid storagedriver.InvalidOffsetError
+		if _, err := s.Driver().Reader(t.Context(), blobPath(d), -1); !errors.As(err, &invalid) {
+			t.Errorf("from -1: %v", err)
+		}
+	})
 }
 
 func TestOpenRefusesAnUnusableDirectory(t *testing.T) {
@@ -416,19 +403,21 @@ func TestParameters(t *testing.T) {
 }
 
 func TestNamespaceDeletes(t *testing.T) {
-	s := open(t, t.TempDir())
-	d := mustUpload(t, s, "a", []byte("blob"))
-	named, _ := reference.WithName("a")
-	repo, err := s.Namespace().Repository(t.Context(), named)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := repo.Blobs(t.Context()).Delete(t.Context(), d); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := repo.Blobs(t.Context()).Stat(t.Context(), d); !errors.Is(err, distribution.ErrBlobUnknown) {
-		t.Errorf("Stat: %v", err)
-	}
+	eachMedium(t, func(t *testing.T, open func() *Store) {
+		s := open()
+		d := mustUpload(t, s, "a", []byte("blob"))
+		named, _ := reference.WithName("a")
+		repo, err := s.Namespace().Repository(t.Context(), named)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := repo.Blobs(t.Context()).Delete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := repo.Blobs(t.Context()).Stat(t.Context(), d); !errors.Is(err, distribution.ErrBlobUnknown) {
+			t.Errorf("Stat: %v", err)
+		}
+	})
 }
 
 // Two processes on one volume: neither may remember what the other changed.
