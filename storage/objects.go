@@ -97,7 +97,7 @@ type storeClock struct {
 
 // seen takes note of the time of an object that has just been put.
 func (c *storeClock) seen(at bucket.Attributes) {
-	ahead := at.Modified.Sub(time.Now())
+	ahead := time.Until(at.Modified)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ahead = ahead

@@ -45,7 +45,7 @@ func (o *objects) hashBlob(ctx context.Context, d digest.Digest, pace func(n int
 	}
 	c := checked{size: at.Size, version: version{tag: at.Version, final: true}}
 	content := o.content(ctx, d, at)
-	defer content.Close()
+	defer func() { _ = content.Close() }() // it was only read
 	verifier := d.Verifier()
 	if _, err := io.CopyBuffer(verifier, &contextReader{ctx, content, pace}, make([]byte, bufferSize)); err != nil {
 		return c, at, fmt.Errorf("verifying %s: %w", d, err)

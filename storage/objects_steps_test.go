@@ -94,8 +94,9 @@ type scene struct {
 	manifest       []byte
 }
 
-func newScene(t *testing.T) *scene {
+func newScene(t *testing.T, at *stop) *scene {
 	s := &scene{t: t, bucket: new(membucket.Bucket), layer: []byte("layer")}
+	at.hooks(s.bucket)
 	s.client, s.leader = s.open(), s.open()
 	s.image.layers = []digest.Digest{digest.FromBytes(s.layer)}
 	s.manifest = manifestOf("", s.image.layers, nil, "")
@@ -228,9 +229,7 @@ func eachStop(t *testing.T, pauses []time.Duration, run func(t *testing.T, s *sc
 				at := &stop{process: new(process), call: call, after: after, pause: pause, dies: pause == 0}
 				synctest.Test(t, func(t *testing.T) {
 					at.stopped = make(chan struct{})
-					s := newScene(t)
-					at.hooks(s.bucket)
-					run(t, s, at)
+					run(t, newScene(t, at), at)
 				})
 				if t.Failed() {
 					t.Fatalf("stopped at call %d, after it: %v, for %v (0: it dies)", call, after, pause)

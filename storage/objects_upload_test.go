@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
@@ -124,10 +125,9 @@ func TestUploadDiesAnywhere(t *testing.T) {
 	content := random(350)
 	for _, lost := range []bool{false, true} {
 		for step := 0; ; step++ {
-			calls, died := 0, false
-			fail := func(_ context.Context, method, _ string) error {
-				if calls++; calls-1 == step {
-					died = true
+			var calls atomic.Int64
+			fail := func(context.Context, string, string) error {
+				if calls.Add(1)-1 == int64(step) {
 					return errFault
 				}
 				return nil
@@ -143,7 +143,7 @@ func TestUploadDiesAnywhere(t *testing.T) {
 			if err == nil {
 				_, err = goOn(t.Context(), d, true, content[120:], true)
 			}
-			if !died {
+			if calls.Load() <= int64(step) {
 				if err != nil {
 					t.Fatal(err)
 				}
