@@ -353,7 +353,7 @@ func (d *bucketDriver) abortUpload(ctx context.Context, stateKey string) error {
 	defer r.Close()
 	var state uploadState
 	if err := json.NewDecoder(io.LimitReader(r, 4<<20)).Decode(&state); err != nil || state.Upload == "" {
-		return nil //nolint:nilerr // nobody can go on with it, and what it began is swept
+		return nil // nobody can go on with it, and what it began is swept
 	}
 	return d.bucket.Abort(ctx, stateKey[:len(stateKey)-len(uploadSuffix)], state.Upload)
 }
