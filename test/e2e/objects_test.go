@@ -51,6 +51,7 @@ func (w *world) testObjects(t *testing.T) {
 		w.pulls(t)
 		t.Run("parent stopped", w.testObjectsParentStopped)
 		t.Run("two replicas", w.testTwoReplicas)
+		t.Run("carried to a volume and back", w.testCarried)
 		t.Run("object store away", func(t *testing.T) { w.testStoreAway(t, store) })
 	}, noManager, fmt.Sprintf(`
 mode: ReadWrite
@@ -281,6 +282,41 @@ func (w *world) eachReplica(t *testing.T) (one, other *http.Transport) {
 		return tr
 	}
 	return transport(addrs[0]), transport(addrs[1])
+}
+
+// testCarried carries what the bucket holds to a volume and back, by the Job that
+// the chart's README has for it.
+func (w *world) testCarried(t *testing.T) {
+	readme, err := os.ReadFile(filepath.Join(w.Chart, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, job, _ := strings.Cut(string(readme), "```yaml\napiVersion: batch/v1\n")
+	job, _, found := strings.Cut(job, "```")
+	if !found {
+		t.Fatal("the chart's README has no Job")
+	}
+	job = "apiVersion: batch/v1\n" + job
+	const volume, bucket = "--data=/volume", "--storage=/etc/connected-registry/storage/storage.yaml, --data=/archive/data"
+	away := strings.NewReplacer(volume, bucket, bucket, volume, "{name: carry,", "{name: carry-away,").Replace(job)
+	apply(t, w.c, fmt.Sprintf(`
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: connected-registry-storage, namespace: %s}
+spec: {accessModes: [ReadWriteMany], resources: {requests: {storage: 1Gi}}}
+`, Namespace))
+	defer kubectl(t, w.c, "delete", "persistentvolumeclaim/connected-registry-storage", "-n", Namespace)
+	defer kubectl(t, w.c, "delete", "job/carry", "job/carry-away", "-n", Namespace, "--ignore-not-found")
+	for _, step := range []struct{ job, name, want string }{
+		{away, "carry-away", fmt.Sprintf("hello-world: %d of %[1]d tags present", kept+1)},
+		{job, "carry", "Succeeded: 0 blobs"}, // they are all there
+	} {
+		apply(t, w.c, step.job)
+		kubectl(t, w.c, "wait", "job/"+step.name, "-n", Namespace, "--for=condition=Complete", "--timeout=180s")
+		if log := kubectl(t, w.c, "logs", "job/"+step.name, "-n", Namespace); !strings.Contains(log, step.want) {
+			t.Errorf("%s says %s, want %s", step.name, log, step.want)
+		}
+	}
 }
 
 // testStoreAway has the object store crash and come back: replicas ask for no
