@@ -112,6 +112,7 @@ func (l *loop) lookAround(ctx context.Context, spec *v1alpha1.Spec, every time.D
 		}
 	}
 	all, stale := joinFleet(found.Items, leases.Items, now)
+	chooseNodes(workloads, all)
 	l.fleet = fleet{at: now, nodes: all, workloads: workloads}
 	return l.removeLeases(ctx, stale)
 }

@@ -3,6 +3,7 @@ package controller
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -42,11 +43,21 @@ var workloadKinds = []struct {
 
 // workload is one whose images are to be there before its pods.
 type workload struct {
-	made        metav1.Time
-	name        string // kind, namespace and name
-	images      []string
-	constrained bool // to some nodes
-	affinity    nodeaffinity.RequiredNodeAffinity
+	made   metav1.Time
+	name   string // kind, namespace and name
+	images []image
+	where  placement
+	nodes  []string // that its pods may run on, sorted; nil with where.everywhere
+}
+
+// image is an image as the cache knows it, and its registry.
+type image struct{ name, host string }
+
+// placement says which nodes pods may run on.
+type placement struct {
+	everywhere bool
+	key        string // the same for the same choice
+	affinity   nodeaffinity.RequiredNodeAffinity
 }
 
 // listWorkloads asks for those that bear the label, the oldest first. The API
@@ -89,18 +100,30 @@ func workloadOf(object unstructured.Unstructured, path []string) (workload, erro
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(fields, &pod); err != nil {
 		return workload{}, err
 	}
-	w := workload{
-		made: object.GetCreationTimestamp(), name: object.GetNamespace() + "/" + object.GetName(),
-		images:      imagesOf(&pod),
-		constrained: len(pod.NodeSelector) > 0 || pod.Affinity != nil && pod.Affinity.NodeAffinity != nil && pod.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil,
-		affinity:    nodeaffinity.GetRequiredNodeAffinity(&corev1.Pod{Spec: pod}),
+	w := workload{made: object.GetCreationTimestamp(), name: object.GetNamespace() + "/" + object.GetName()}
+	if w.where, err = placementOf(&pod); err != nil {
+		return workload{}, err
 	}
-	for image := range strings.SplitSeq(object.GetAnnotations()[v1alpha1.AnnotationPrefetch], ",") {
-		if image = strings.TrimSpace(image); image != "" {
-			w.images = append(w.images, image)
+	more := strings.Split(object.GetAnnotations()[v1alpha1.AnnotationPrefetch], ",")
+	for _, name := range append(imagesOf(&pod), more...) {
+		// One too many is enough to know that there is no room for it.
+		if i, err := parseImage(strings.TrimSpace(name)); err == nil && !slices.Contains(w.images, i) && len(w.images) <= maxPrefetched {
+			w.images = append(w.images, i)
 		}
 	}
 	return w, nil
+}
+
+func placementOf(pod *corev1.PodSpec) (placement, error) {
+	var required *corev1.NodeSelector
+	if a := pod.Affinity; a != nil && a.NodeAffinity != nil {
+		required = a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution
+	}
+	if len(pod.NodeSelector) == 0 && required == nil {
+		return placement{everywhere: true}, nil
+	}
+	key, err := json.Marshal([]any{pod.NodeSelector, required})
+	return placement{key: string(key), affinity: nodeaffinity.GetRequiredNodeAffinity(&corev1.Pod{Spec: *pod})}, err
 }
 
 // imagesOf are the images that a pod needs, as it names them.
@@ -116,50 +139,55 @@ func imagesOf(pod *corev1.PodSpec) (images []string) {
 	return images
 }
 
-// nodes are the names of the nodes that the workload's pods may run on, sorted;
-// all: on every one.
-func (w *workload) nodes(f *fleet) (names []string, all bool) {
-	if !w.constrained {
-		return nil, true
-	}
-	for name, m := range f.nodes {
-		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: m.labels}}
-		if ok, err := w.affinity.Match(node); err == nil && ok {
-			names = append(names, name)
+// chooseNodes says of each workload which nodes its pods may run on.
+func chooseNodes(workloads []workload, all map[string]member) {
+	known := make(map[string][]string)
+	for i := range workloads {
+		w := &workloads[i]
+		if w.where.everywhere {
+			continue
 		}
+		names, ok := known[w.where.key]
+		if !ok {
+			for name, m := range all {
+				node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: m.labels}}
+				if ok, err := w.where.affinity.Match(node); err == nil && ok {
+					names = append(names, name)
+				}
+			}
+			slices.Sort(names)
+			known[w.where.key] = names
+		}
+		w.nodes = names
 	}
-	slices.Sort(names)
-	return names, false
 }
 
-// fullName is an image as the cache knows it, and its registry, by containerd's
-// rules for what may be left out: "nginx" is docker.io/library/nginx:latest.
-func fullName(image string) (name, host string, err error) {
-	ref, err := reference.ParseDockerRef(image)
+// parseImage reads an image as a pod names it, by containerd's rules for what may
+// be left out: "nginx" is docker.io/library/nginx:latest.
+func parseImage(name string) (image, error) {
+	ref, err := reference.ParseDockerRef(name)
 	if err != nil {
-		return "", "", err
+		return image{}, err
 	}
-	return ref.String(), reference.Domain(ref), nil
+	return image{ref.String(), strings.ToLower(reference.Domain(ref))}, nil
 }
 
 // prefetchFor adds the images of workloads to what is brought to nodes: those of
 // the registries given, which are what nodes can take from here. The error tells
 // what there was no room for.
-func (p *prefetchPlan) prefetchFor(workloads []workload, registries map[string]bool, f *fleet) error {
+func (p *prefetchPlan) prefetchFor(workloads []workload, registries map[string]bool) error {
 	images, text := 0, 0
 	var left []string
 	for _, w := range workloads {
-		nodes, all := w.nodes(f)
-		if len(nodes) == 0 && !all {
+		if len(w.nodes) == 0 && !w.where.everywhere {
 			continue
 		}
 		var names []string
-		size := p.cost(nodes)
+		size := p.cost(w.nodes)
 		for _, image := range w.images {
-			name, host, err := fullName(image)
-			if err == nil && registries[strings.ToLower(host)] && !slices.Contains(names, name) && !p.has(nodes, name) {
-				names = append(names, name)
-				size += len(name)
+			if registries[image.host] && !p.has(w.nodes, image.name) {
+				names = append(names, image.name)
+				size += len(image.name)
 			}
 		}
 		if images+len(names) > maxPrefetched || text+size > maxPrefetchText {
@@ -167,7 +195,7 @@ func (p *prefetchPlan) prefetchFor(workloads []workload, registries map[string]b
 			continue
 		}
 		if len(names) > 0 {
-			p.add(nodes, names...)
+			p.add(w.nodes, names...)
 			images, text = images+len(names), text+size
 		}
 	}
@@ -242,7 +270,7 @@ func planPrefetch(c *v1alpha1.NodeConfiguration, spec *v1alpha1.Spec, f *fleet) 
 	for _, m := range c.Mirrors {
 		registries[strings.ToLower(m.Registry)] = true
 	}
-	err := p.prefetchFor(f.workloads, registries, f)
+	err := p.prefetchFor(f.workloads, registries)
 	return p.all, err
 }
 

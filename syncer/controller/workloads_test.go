@@ -78,6 +78,7 @@ func TestWorkloadsOfNodes(t *testing.T) {
 			continue
 		}
 		f.workloads = []workload{w, w} // the second has nothing to add
+		chooseNodes(f.workloads, f.nodes)
 		got, err := planPrefetch(c, &v1alpha1.Spec{NodeCache: v1alpha1.NodeCache{PrefetchWorkloads: true}}, f)
 		if diff := cmp.Diff(test.want, got); diff != "" || err != nil {
 			t.Errorf("%s: %v, -want +got:\n%s", test.name, err, diff)
@@ -94,14 +95,14 @@ func TestTooManyWorkloads(t *testing.T) {
 	for each, want := range map[int]int{7: maxPrefetched / 7 * 7, maxPrefetched + 1: 0} {
 		f := &fleet{}
 		for i := range 1000 {
-			w := workload{name: fmt.Sprint("deployments shop/", i)}
+			w := workload{name: fmt.Sprint("deployments shop/", i), where: placement{everywhere: true}}
 			for j := range each {
-				w.images = append(w.images, fmt.Sprintf("team/%s%d:%d", strings.Repeat("a/", 80), j, i))
+				w.images = append(w.images, image{fmt.Sprintf("docker.io/team/a%d:%d", j, i), "docker.io"})
 			}
 			f.workloads = append(f.workloads, w)
 		}
 		var p prefetchPlan
-		err := p.prefetchFor(f.workloads, map[string]bool{"docker.io": true}, f)
+		err := p.prefetchFor(f.workloads, map[string]bool{"docker.io": true})
 		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("deployments shop/%d and ", want/each)) {
 			t.Errorf("%d images each: %v", each, err)
 		}
@@ -129,8 +130,9 @@ func TestPrefetchForManyNodes(t *testing.T) {
 		}
 		f.workloads = append(f.workloads, w)
 	}
+	chooseNodes(f.workloads, f.nodes)
 	var p prefetchPlan
-	err := p.prefetchFor(f.workloads, map[string]bool{"docker.io": true}, f)
+	err := p.prefetchFor(f.workloads, map[string]bool{"docker.io": true})
 	text, e := yaml.Marshal(p.all)
 	if err == nil || e != nil || len(text) > maxPrefetchText || len(p.all) != 2 || len(p.all[0].Images) != 2 {
 		t.Errorf("%d bytes for %d sets of nodes: %v, %v", len(text), len(p.all), err, e)
