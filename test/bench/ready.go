@@ -22,7 +22,7 @@ const (
 	manyRepositories = 100
 	manyBlobs        = 200_000 // each with a link
 	manyTags         = 20_000
-	manyDeleted      = 20_000 // files that a crash left to be deleted
+	manyDeleted      = 5_000 // files that a crash left to be deleted
 )
 
 // ready measures how long a replica on a store that holds much takes from its
