@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,9 +25,8 @@ const readyTimeout = 2 * time.Second
 type health struct {
 	listener net.Listener
 	metrics  *prometheus.Registry
-	// ready says why the process is not ready; nil when it is. It may take
-	// longer than its context.
-	ready func(context.Context) error
+	// ready says why the process is not ready; see readyWhen.
+	ready atomic.Pointer[func(context.Context) error]
 	// turn holds a value while ready runs, which may hang.
 	turn chan struct{}
 }
@@ -39,8 +39,14 @@ func newHealth(addr string) (*health, error) {
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return &health{listener: l, metrics: metrics, turn: make(chan struct{}, 1)}, nil
+	h := &health{listener: l, metrics: metrics, turn: make(chan struct{}, 1)}
+	h.readyWhen(func(context.Context) error { return errors.New("it is only starting") })
+	return h, nil
 }
+
+// readyWhen has ready say from now on why the process is not ready; nil when it
+// is. It may take longer than its context.
+func (h *health) readyWhen(ready func(context.Context) error) { h.ready.Store(&ready) }
 
 // run serves until ctx ends.
 func (h *health) run(ctx context.Context) error {
@@ -83,7 +89,7 @@ func (h *health) ask(ctx context.Context) error {
 	}
 	answer := make(chan error, 1)
 	go func() {
-		answer <- h.ready(ctx)
+		answer <- (*h.ready.Load())(ctx)
 		<-h.turn
 	}()
 	select {

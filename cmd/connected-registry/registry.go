@@ -19,6 +19,7 @@ import (
 	"github.com/connected-registry/connected-registry/registry"
 	"github.com/connected-registry/connected-registry/registry/auth"
 	"github.com/connected-registry/connected-registry/storage"
+	"github.com/connected-registry/connected-registry/storage/bucket"
 	"github.com/connected-registry/connected-registry/syncer"
 )
 
@@ -76,9 +77,29 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	store, err := storage.Open(ctx, storage.Config{Root: filepath.Join(f.data, "registry"), Bucket: objects, Logger: log})
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	// Health answers from here on until the last transfer has ended.
+	until, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	answering := make(chan error, 1)
+	go func() {
+		defer stop()
+		answering <- h.run(until)
+	}()
+	err = f.serve(ctx, settings, objects, h, log)
+	end()
+	return errors.Join(err, <-answering)
+}
+
+// serve serves what is stored, until a while after ctx ends.
+func (f *replicaFlags) serve(ctx context.Context, settings *registry.Settings, objects bucket.Bucket, h *health, log *slog.Logger) error {
+	store, err := f.open(ctx, objects, h, log)
 	if err != nil {
 		return err
+	}
+	if store == nil {
+		return nil
 	}
 	defer func() { _ = store.Close() }() // never fails
 	traces, stopTraces, err := newTracing(ctx)
@@ -91,12 +112,12 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		return err
 	}
 	var leaving atomic.Bool
-	h.ready = func(ctx context.Context) error {
+	h.readyWhen(func(ctx context.Context) error {
 		if leaving.Load() {
 			return errors.New("about to end")
 		}
 		return store.Ready(ctx)
-	}
+	})
 	// The replica ends a while after it was told to, so that requests which are
 	// on their way find it.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -117,22 +138,29 @@ func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
 		settings.Watch(serving)
 		return nil
 	})
-	ended := make(chan struct{})
-	g.Go(func() error {
-		defer close(ended)
-		return server.Run(serving)
-	})
-	g.Go(func() error {
-		// Health answers until the last transfer has ended.
-		until, cancel := context.WithCancel(context.WithoutCancel(serving))
-		defer cancel()
-		go func() {
-			<-ended
-			cancel()
-		}()
-		return h.run(until)
-	})
+	g.Go(func() error { return server.Run(serving) })
 	return g.Wait()
+}
+
+// storagePause is how long after an attempt an object store is tried again.
+const storagePause = 2 * time.Second
+
+// open opens the storage; nil when ctx has ended. An object store that is not
+// there yet, as after a power failure, is waited for: a process that ended would
+// be started again later and later.
+func (f *replicaFlags) open(ctx context.Context, objects bucket.Bucket, h *health, log *slog.Logger) (*storage.Store, error) {
+	for {
+		store, err := storage.Open(ctx, storage.Config{Root: filepath.Join(f.data, "registry"), Bucket: objects, Logger: log})
+		if err == nil || objects == nil {
+			return store, err
+		}
+		if ctx.Err() != nil {
+			return nil, nil
+		}
+		log.Error("waiting for the object store", "error", err)
+		h.readyWhen(func(context.Context) error { return err })
+		sleep(ctx, storagePause)
+	}
 }
 
 func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, traces trace.TracerProvider, log *slog.Logger) (*registry.Server, error) {

@@ -63,7 +63,7 @@ func runWithHealth(ctx context.Context, s *standalone.Standalone, h *health) err
 	if h == nil {
 		return s.Run(ctx)
 	}
-	h.ready = func(context.Context) error { return nil } // it serves from the beginning
+	h.readyWhen(func(context.Context) error { return nil }) // it serves from the beginning
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var g errgroup.Group

@@ -63,7 +63,7 @@ func (f *syncerFlags) run(ctx context.Context, stderr io.Writer) error {
 		return err
 	}
 	defer h.listener.Close()
-	h.ready = func(context.Context) error { return nil } // it waits for nothing but its turn
+	h.readyWhen(func(context.Context) error { return nil }) // it waits for nothing but its turn
 	config := f.controller
 	config.Version, config.Logger, config.Metrics = version, log, h.metrics
 	if config.Bucket, err = f.storage.open(ctx); err != nil {

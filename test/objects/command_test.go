@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -186,4 +188,69 @@ func TestCommandMistakes(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestReplicaWaits starts a replica before its object store, as after a power
+// failure: it says what it waits for, and goes on by itself.
+func TestReplicaWaits(t *testing.T) {
+	connectedRegistry := program(t)
+	keys := directory(t, map[string]string{"accessKeyID": AccessKeyID, "secretAccessKey": SecretAccessKey})
+	settings := directory(t, map[string]string{
+		"resource.yaml": "apiVersion: connectedregistry.io/v1alpha1\nkind: ConnectedRegistry\nmetadata: {name: connected-registry}\nspec: {anonymousPull: true}",
+		"secret":        strings.Repeat("ab", 32),
+		"names":         "127.0.0.1",
+	})
+	var addresses [3]string
+	for i := range addresses {
+		var err error
+		if addresses[i], err = freeAddress(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, health := addresses[0], "http://"+addresses[1]
+	var log bytes.Buffer
+	replica := exec.CommandContext(t.Context(), connectedRegistry, "registry", "--replica="+settings, "--data="+t.TempDir(), "--plain-http",
+		"--storage="+storageFile(t, "s3: {bucket: images, endpoint: %q, pathStyle: true}\ncredentials: %s", "http://"+store, keys),
+		"--listen="+addresses[2], "--health-listen="+addresses[1], "--drain-delay=0s")
+	replica.Stdout, replica.Stderr = &log, &log
+	if err := replica.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(replica.Process.Signal(os.Interrupt), replica.Wait()); err != nil {
+			t.Errorf("%v\n%s", err, log.String())
+		}
+	}()
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	answers := func(want string) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+			body, err := get(client, health+"/readyz")
+			if err == nil && strings.Contains(body, want) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%q, %v, want %q\n%s", body, err, want, log.String())
+			}
+		}
+	}
+	answers("nobody listens at http://" + store)
+	if body, err := get(client, health+"/healthz"); err != nil || body != "ok\n" {
+		t.Errorf("a replica that waits is not healthy: %q, %v", body, err)
+	}
+	startMinIO(t, MinIO{Address: store, Buckets: []string{"images"}})
+	answers("ok")
+	if _, err := get(client, "http://"+addresses[2]+"/v2/"); err != nil {
+		t.Error(err)
+	}
+}
+
+func get(client *http.Client, url string) (string, error) {
+	resp, err := client.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	return string(body), err
 }
