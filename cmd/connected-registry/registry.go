@@ -149,18 +149,16 @@ const storagePause = 2 * time.Second
 // there yet, as after a power failure, is waited for: a process that ended would
 // be started again later and later.
 func (f *replicaFlags) open(ctx context.Context, objects bucket.Bucket, h *health, log *slog.Logger) (*storage.Store, error) {
-	for {
+	for ctx.Err() == nil {
 		store, err := storage.Open(ctx, storage.Config{Root: filepath.Join(f.data, "registry"), Bucket: objects, Logger: log})
 		if err == nil || objects == nil {
 			return store, err
-		}
-		if ctx.Err() != nil {
-			return nil, nil
 		}
 		log.Error("waiting for the object store", "error", err)
 		h.readyWhen(func(context.Context) error { return err })
 		sleep(ctx, storagePause)
 	}
+	return nil, nil
 }
 
 func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, store *storage.Store, h *health, traces trace.TracerProvider, log *slog.Logger) (*registry.Server, error) {

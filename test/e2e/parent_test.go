@@ -49,10 +49,9 @@ type parent struct {
 	handler http.Handler
 	pair    pair
 
-	mu     sync.Mutex // guards server and asked
+	mu     sync.Mutex // guards server
 	server *http.Server
 	done   chan struct{}
-	asked  int
 
 	store *httptest.Server // the same content, for seeding
 	next  atomic.Int64
@@ -67,9 +66,6 @@ func newParent(t *testing.T, c *cluster.Cluster) *parent {
 		store: httptest.NewServer(content),
 	}
 	p.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p.mu.Lock()
-		p.asked++
-		p.mu.Unlock()
 		if user, password, _ := r.BasicAuth(); user != parentUser || password != parentPassword {
 			w.Header().Set("WWW-Authenticate", `Basic realm="parent"`)
 			http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
@@ -115,13 +111,6 @@ func (p *parent) stop() {
 		<-p.done
 		p.server = nil
 	}
-}
-
-// requests is how many requests it has had.
-func (p *parent) requests() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.asked
 }
 
 // push makes an image that nobody has seen before, whose only program ends at
