@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -149,29 +150,35 @@ func (m *directory) limbo(dir string) error {
 }
 
 // rescueFile brings a file back from limbo, and reports whether it is in the tree
-// now.
+// now, by whomever. Others may be at the same file, and the collector removes
+// directories that are empty: what vanishes is looked for again.
 func (m *directory) rescueFile(driverPath string) bool {
 	from, to := m.limboPath(driverPath), m.path(driverPath)
-	if _, err := os.Lstat(from); err != nil {
-		return false
+	for range 10 {
+		if _, err := os.Lstat(from); err != nil {
+			break
+		}
+		if filepath.Base(driverPath) == "link" { // it is as good as new then
+			now := time.Now()
+			_ = os.Chtimes(from, now, now) // the rename tells whether it was still there
+		}
+		err := mkdirDurable(filepath.Dir(to))
+		if err == nil {
+			err = os.Rename(from, to)
+		}
+		if err == nil {
+			err = syncDir(filepath.Dir(to))
+			os.Remove(filepath.Dir(from))
+		}
+		if err == nil {
+			return true
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
 	}
-	if filepath.Base(driverPath) == "link" { // it is as good as new then
-		now := time.Now()
-		_ = os.Chtimes(from, now, now) // the rename tells whether it was still there
-	}
-	err := mkdirDurable(filepath.Dir(to))
-	if err == nil {
-		err = os.Rename(from, to)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(to))
-		os.Remove(filepath.Dir(from))
-	}
-	if err != nil {
-		_, gone := os.Lstat(to)
-		return gone == nil // somebody else was faster
-	}
-	return true
+	_, err := os.Lstat(to)
+	return err == nil
 }
 
 // discard makes a file or directory on disk vanish in one step, and takes it
