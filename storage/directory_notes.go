@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -22,7 +23,7 @@ func (m *directory) readNote(_ context.Context, name string) ([]byte, error) {
 
 func (m *directory) writeNote(_ context.Context, name string, content []byte, durable bool) error {
 	file := m.notePath(name)
-	f, err := createIn(filepath.Dir(file))
+	f, err := m.createIn(filepath.Dir(file))
 	if err != nil {
 		return err
 	}
@@ -43,15 +44,21 @@ func (m *directory) writeNote(_ context.Context, name string, content []byte, du
 	return nil
 }
 
-// createIn creates a file in a directory that may not be there yet.
-func createIn(dir string) (*os.File, error) {
+// createIn creates a file in a directory that may not be there yet. One that is
+// part of the layout was there: where it is not, the volume is not.
+func (m *directory) createIn(dir string) (*os.File, error) {
 	f, err := os.CreateTemp(dir, newPrefix+"*")
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && !m.inLayout(dir) {
 		if err = mkdirDurable(dir); err == nil {
 			f, err = os.CreateTemp(dir, newPrefix+"*")
 		}
 	}
 	return f, err
+}
+
+func (m *directory) inLayout(dir string) bool {
+	rel, err := filepath.Rel(m.root, dir)
+	return err == nil && (rel == "." || slices.Contains(layoutDirs, rel))
 }
 
 func (m *directory) moveNote(ctx context.Context, from, to string, content []byte) error {
@@ -73,9 +80,13 @@ func (m *directory) removeNote(_ context.Context, name string) error {
 }
 
 func (m *directory) listNotes(_ context.Context, folder string) ([]noteInfo, error) {
-	entries, err := os.ReadDir(m.notePath(folder))
+	dir := m.notePath(folder)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) && !m.inLayout(dir) {
+		return nil, nil
+	}
 	if err != nil {
-		return nil, ignoreAbsent(err)
+		return nil, err
 	}
 	notes := make([]noteInfo, 0, len(entries))
 	for _, e := range entries {
