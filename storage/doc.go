@@ -1,7 +1,12 @@
 // Package storage is the content store that registry replicas and the syncer
 // share: the layout, storage driver and namespace of distribution v3 on a
-// directory, with integrity added underneath, at the driver, so that every
-// reader gets it.
+// directory or in an object store, with integrity added underneath, at the
+// driver, so that every reader gets it.
+//
+// What the two have in common is written once, in Store and what belongs to it,
+// over the interface medium: what is kept, believed and collected. How a thing is
+// put in its place in one step, sealed, condemned and brought back is for the
+// medium to know: directory, described here, and objects.
 //
 // # Seals
 //
@@ -47,5 +52,5 @@
 // may be out of order, which is why an entry only says where to look. The
 // syncer's own writes are not recorded.
 //
-// This package imports nothing else of this module.
+// This package imports storage/bucket and nothing else of this module.
 package storage

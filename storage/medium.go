@@ -11,10 +11,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// medium is what a Store keeps its content on: a directory. The Store decides what
-// is kept, believed and collected; the medium knows how a thing is put in its
-// place in one step and for good, how it bears the mark of having been verified,
-// and how something that is condemned can still be had by whoever asks.
+// medium is what a Store keeps its content on: a directory, or an object store.
+// The Store decides what is kept, believed and collected; the medium knows how a
+// thing is put in its place in one step and for good, how it bears the mark of
+// having been verified, and how something that is condemned can still be had by
+// whoever asks.
 //
 // Paths begin with a slash and are those of distribution's drivers, except for
 // notes. What is not there is fs.ErrNotExist. Methods may be called concurrently,
