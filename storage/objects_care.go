@@ -21,11 +21,8 @@ func (o *objects) verifyBlob(ctx context.Context, d digest.Digest) (checked, err
 	if err != nil || c.aside != "" || at.Metadata[sealName] == d.String() {
 		return c, err
 	}
-	now, err := o.bucket.Stat(ctx, at.Key)
-	if err == nil && now.Version == at.Version {
-		err = o.bucket.Copy(ctx, at.Key, at.Key, sealOf(d))
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err = o.bucket.Copy(ctx, at.Key, at.Version, at.Key, sealOf(d))
+	if err != nil && !errors.Is(err, bucket.ErrCondition) { // on which another has sealed it, or replaced it
 		o.log.Warn("blob could not be sealed and will be hashed again when it is read", "digest", d, "error", err)
 	}
 	return c, nil
@@ -61,7 +58,11 @@ func (o *objects) hashBlob(ctx context.Context, d digest.Digest, pace func(n int
 // anew, waits, and finds out.
 func (o *objects) setAside(ctx context.Context, d digest.Digest, bad bucket.Attributes) (aside string, err error) {
 	key := quarantineDir + "/" + entryName(d)
-	if err := o.bucket.Copy(ctx, bad.Key, key, nil); err != nil {
+	err = o.bucket.Copy(ctx, bad.Key, bad.Version, key, nil)
+	if errors.Is(err, bucket.ErrCondition) {
+		return "", &fs.PathError{Op: "open", Path: blobPath(d), Err: fs.ErrNotExist}
+	}
+	if err != nil {
 		return "", fmt.Errorf("setting corrupt blob %s aside: %w", d, err)
 	}
 	r := o.reaper(ctx)

@@ -73,7 +73,7 @@ func TestObjectsCorrupt(t *testing.T) {
 		foreign(t, b, d, content)
 		s, r := onBucket(t, b)
 		if sealed { // it has decayed
-			if err := b.Copy(t.Context(), blobKey(d), blobKey(d), sealOf(d)); err != nil {
+			if err := b.Copy(t.Context(), blobKey(d), "", blobKey(d), sealOf(d)); err != nil {
 				t.Fatal(err)
 			}
 			if did, err := s.scrub(t.Context(), 1<<30); err != nil || did.Corrupt != 1 || !did.Finished {
@@ -100,6 +100,36 @@ func TestObjectsCorrupt(t *testing.T) {
 		}
 		if damage, err := s.Damaged(t.Context()); err != nil || len(damage) != 0 {
 			t.Errorf("still damaged: %v, %v", damage, err)
+		}
+	}
+}
+
+// What takes the place of a blob that is hashed gets no seal for that.
+func TestObjectsReplacedBeforeSeal(t *testing.T) {
+	content, other := random(1000), random(1000)
+	d := digest.FromBytes(content)
+	for _, method := range []string{"Open", "Read", "Copy"} {
+		b := new(membucket.Bucket)
+		foreign(t, b, d, content)
+		var replaced atomic.Bool
+		b.Before = func(ctx context.Context, called, key string) error {
+			if called != method || key != blobKey(d) || replaced.Swap(true) {
+				return nil
+			}
+			_, err := b.Put(ctx, key, other, nil, bucket.Conditions{})
+			return err
+		}
+		_, r := onBucket(t, b)
+		for range 2 {
+			if err := readLayer(t.Context(), r, d); err == nil && method != "Read" && method != "Copy" {
+				t.Errorf("replaced at %s: it was read", method)
+			}
+			if at, err := b.Stat(t.Context(), blobKey(d)); err == nil && at.Metadata[sealName] != "" {
+				t.Errorf("replaced at %s: it is sealed", method)
+			}
+		}
+		if !replaced.Load() {
+			t.Errorf("there was no %s", method)
 		}
 	}
 }

@@ -196,14 +196,10 @@ func (d *bucketDriver) walk(ctx context.Context, path string, visit storagedrive
 
 // Move implements [storagedriver.StorageDriver].
 func (d *bucketDriver) Move(ctx context.Context, source, dest string) error {
-	return d.move(ctx, source, dest, nil)
-}
-
-func (d *bucketDriver) move(ctx context.Context, source, dest string, metadata map[string]string) error {
 	if err := errors.Join(d.check(source), d.check(dest)); err != nil {
 		return err
 	}
-	if err := d.bucket.Copy(ctx, objectKey(source), objectKey(dest), metadata); err != nil {
+	if err := d.bucket.Copy(ctx, objectKey(source), "", objectKey(dest), nil); err != nil {
 		return d.error(source, err)
 	}
 	return d.bucket.Delete(ctx, objectKey(source))

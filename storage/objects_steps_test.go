@@ -34,36 +34,35 @@ type stop struct {
 }
 
 // hooks makes a bucket in which that happens.
-func (s *stop) hooks(b *membucket.Bucket) {
-	hook := func(after bool) membucket.Hook {
-		return func(ctx context.Context, method, _ string) error {
-			if p, _ := ctx.Value(processKey{}).(*process); p != s.process || p == nil {
-				return nil
-			}
-			if s.process.dead.Load() {
-				return errDied
-			}
-			n := s.calls.Load()
-			if after || method == "Read" {
-				n--
-			} else {
-				s.calls.Add(1)
-			}
-			if n != s.call || after != s.after || method == "Read" {
-				return nil
-			}
-			close(s.stopped)
-			if s.dies {
-				s.process.dead.Store(true)
-				return errDied
-			}
-			if !sleep(ctx, s.pause) {
-				return context.Cause(ctx)
-			}
+func (s *stop) hooks(b *membucket.Bucket) { b.Before, b.After = s.hook(false), s.hook(true) }
+
+func (s *stop) hook(after bool) membucket.Hook {
+	return func(ctx context.Context, method, _ string) error {
+		if p, _ := ctx.Value(processKey{}).(*process); p != s.process || p == nil {
 			return nil
 		}
+		if s.process.dead.Load() {
+			return errDied
+		}
+		n := s.calls.Load()
+		if after || method == "Read" {
+			n--
+		} else {
+			s.calls.Add(1)
+		}
+		if n != s.call || after != s.after || method == "Read" {
+			return nil
+		}
+		close(s.stopped)
+		if s.dies {
+			s.process.dead.Store(true)
+			return errDied
+		}
+		if !sleep(ctx, s.pause) {
+			return context.Cause(ctx)
+		}
+		return nil
 	}
-	b.Before, b.After = hook(false), hook(true)
 }
 
 const stepsGrace = 10 * time.Minute

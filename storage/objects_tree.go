@@ -3,9 +3,12 @@ package storage
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"strings"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/connected-registry/connected-registry/storage/bucket"
 )
@@ -34,19 +37,45 @@ func (o *objects) createFile(ctx context.Context, path string, content []byte) e
 func (o *objects) move(ctx context.Context, from, to string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), moveTime)
 	defer cancel()
-	var metadata map[string]string
 	if d, ok := parseBlobPath(to); ok {
-		if isUploadData(from) {
-			metadata = sealOf(d)
-		}
-		if _, err := o.rely(ctx, to); err != nil {
+		if err := o.moveToBlob(ctx, from, d); err != nil {
 			return err
 		}
-	}
-	if err := o.bucket.Copy(ctx, objectKey(from), objectKey(to), metadata); err != nil {
+	} else if err := o.bucket.Copy(ctx, objectKey(from), "", objectKey(to), nil); err != nil {
 		return err
 	}
-	return o.bucket.Delete(ctx, objectKey(from))
+	if err := o.bucket.Delete(ctx, objectKey(from)); err != nil || !isUploadData(from) {
+		return err
+	}
+	return o.bucket.Delete(ctx, objectKey(from)+uploadSuffix)
+}
+
+// moveToBlob seals a blob if the very object that it becomes is known to be right.
+// What is not known to be that is hashed when it is first read.
+func (o *objects) moveToBlob(ctx context.Context, from string, d digest.Digest) error {
+	if _, err := o.rely(ctx, blobPath(d)); err != nil {
+		return err
+	}
+	if !isUploadData(from) {
+		return o.bucket.Copy(ctx, objectKey(from), "", blobKey(d), nil)
+	}
+	at, known, err := o.files.placed(ctx, from)
+	if err != nil {
+		return err
+	}
+	var seal map[string]string
+	switch known {
+	case d:
+		seal = sealOf(d)
+	case "":
+	default:
+		return fmt.Errorf("%s: %w (it is %s), and is not stored as %s", from, errContinued, known, d)
+	}
+	err = o.bucket.Copy(ctx, at.Key, at.Version, blobKey(d), seal)
+	if errors.Is(err, bucket.ErrCondition) {
+		return fmt.Errorf("%s: %w", from, errContinued)
+	}
+	return err
 }
 
 // moveTime is how long the copy of a blob may take. It is made by the object

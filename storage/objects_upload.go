@@ -4,33 +4,25 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"hash"
 	"io/fs"
 	"sync"
 	"time"
 
 	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/connected-registry/connected-registry/storage/bucket"
 )
 
-// An upload that goes on over several requests, at whichever replica, is an
-// upload in parts of the object store and one small object beside its data,
-//
-//	…/_uploads/<id>/data.parts
-//
-// which says in a line of JSON what parts there are, and holds the bytes behind
-// them that do not fill one. It is replaced on condition that nobody else has,
-// so that of two who go on with the same upload one is told. What of it fits
-// one part never becomes an upload in parts.
-
 const (
-	uploadSuffix = ".parts"
-	partSize     = 8 << 20 // bytes; with 10,000 parts, 83 GB at most
-	maxParts     = 10_000
+	partSize = 8 << 20 // bytes; with 10,000 parts, 83 GB at most
+	maxParts = 10_000
 	// uploadTime is how long one request about an upload may take. It goes on
 	// when the client is gone, who may come back for it.
 	uploadTime = 2 * time.Minute
@@ -38,23 +30,6 @@ const (
 
 // errContinued ends a writer behind whose back another has gone on.
 var errContinued = errors.New("the upload was continued by another")
-
-// uploadState is what the object beside an upload's data says.
-type uploadState struct {
-	Upload string        `json:"upload,omitempty"` // the object store's; empty: no part is full yet
-	Parts  []bucket.Part `json:"parts,omitempty"`
-	// Whole is set before the parts are put together: nothing can be added.
-	Whole bool `json:"whole,omitempty"`
-	// Nonce tells this state from one that another writer has put.
-	Nonce string `json:"nonce"`
-}
-
-func (s uploadState) size() (n int64) {
-	for _, p := range s.Parts {
-		n += p.Size
-	}
-	return n
-}
 
 // objectWriter writes the data of an upload.
 type objectWriter struct {
@@ -64,7 +39,8 @@ type objectWriter struct {
 	state   uploadState
 	version string // of the state as it is stored; empty: it is not
 	tail    *bytes.Buffer
-	part    int // bytes of every part but the last
+	hash    hash.Hash // of everything; nil: not known
+	part    int       // bytes of every part but the last
 	size    int64
 	saved   int64 // size as it is stored
 	placed  bool  // the data is where Commit puts it
@@ -85,7 +61,7 @@ func (d *bucketDriver) Writer(ctx context.Context, path string, appending bool) 
 	if err := d.check(path); err != nil {
 		return nil, err
 	}
-	w := &objectWriter{driver: d, ctx: context.WithoutCancel(ctx), path: path, part: d.part, tail: tails.Get().(*bytes.Buffer)}
+	w := &objectWriter{driver: d, ctx: context.WithoutCancel(ctx), path: path, part: d.part, tail: tails.Get().(*bytes.Buffer), hash: sha256.New()}
 	w.tail.Reset()
 	ctx, cancel := w.limit()
 	defer cancel()
@@ -122,6 +98,9 @@ func (w *objectWriter) recall(ctx context.Context) error {
 		return fmt.Errorf("%s: what was received of the upload %s is damaged; begin it anew", w.driver.bucket, w.path)
 	}
 	w.tail.Write(tail)
+	if h, ok := w.hash.(encoding.BinaryUnmarshaler); !ok || h.UnmarshalBinary(w.state.Hash) != nil {
+		w.hash = nil
+	}
 	if len(w.state.Parts) > 0 {
 		w.part = int(w.state.Parts[0].Size)
 	}
@@ -138,7 +117,7 @@ func (w *objectWriter) recallPlaced(ctx context.Context) error {
 	at, err := w.driver.bucket.Stat(ctx, objectKey(w.path))
 	if errors.Is(err, fs.ErrNotExist) {
 		if w.state.Upload == "" { // what there was is lost with whoever was about to place it
-			w.state, w.size, w.saved = uploadState{}, 0, 0
+			w.state, w.size, w.saved, w.hash = uploadState{}, 0, 0, sha256.New()
 		}
 		return nil
 	}
@@ -154,7 +133,7 @@ func (w *objectWriter) restart(ctx context.Context) error {
 	if w.version != "" {
 		w.saved = -1
 	}
-	w.state, w.size, w.part = uploadState{}, 0, w.driver.part
+	w.state, w.size, w.part, w.hash = uploadState{}, 0, w.driver.part, sha256.New()
 	w.tail.Reset()
 	if upload == "" {
 		return nil
@@ -178,6 +157,9 @@ func (w *objectWriter) Write(p []byte) (n int, err error) {
 	for len(p) > 0 {
 		fits := min(len(p), max(w.part-w.tail.Len(), 0))
 		w.tail.Write(p[:fits])
+		if w.hash != nil {
+			w.hash.Write(p[:fits])
+		}
 		n, p = n+fits, p[fits:]
 		w.size += int64(fits)
 		if w.tail.Len() >= w.part {
@@ -198,11 +180,12 @@ func (w *objectWriter) send() error {
 		return fmt.Errorf("writing %s: more than %d bytes: content of that size comes by synchronisation alone", w.path, int64(maxParts)*int64(w.part))
 	}
 	if w.state.Upload == "" {
-		upload, err := w.driver.bucket.Begin(ctx, key, nil)
+		mark := rand.Text()
+		upload, err := w.driver.bucket.Begin(ctx, key, markOf(mark))
 		if err != nil {
 			return err
 		}
-		w.state.Upload = upload
+		w.state.Upload, w.state.Mark = upload, mark
 	}
 	part, err := w.driver.bucket.Part(ctx, key, w.state.Upload, len(w.state.Parts)+1, bytes.NewReader(w.tail.Bytes()), int64(w.tail.Len()))
 	if err != nil {
@@ -213,11 +196,28 @@ func (w *objectWriter) send() error {
 	return nil
 }
 
+// digest is that of everything that was received; empty if it is not known.
+func (w *objectWriter) digest() digest.Digest {
+	if w.hash == nil {
+		return w.state.Digest
+	}
+	return digest.NewDigest(digest.SHA256, w.hash)
+}
+
 func (w *objectWriter) save(ctx context.Context) error { return w.saveState(ctx, w.tail.Bytes()) }
 
 // saveState stores the state, if nobody else has.
 func (w *objectWriter) saveState(ctx context.Context, tail []byte) error {
 	w.state.Nonce = rand.Text()
+	w.state.Hash = nil
+	if w.state.Whole {
+		w.state.Digest = w.digest()
+	} else if h, ok := w.hash.(encoding.BinaryAppender); ok {
+		var err error
+		if w.state.Hash, err = h.AppendBinary(nil); err != nil {
+			return err
+		}
+	}
 	head, err := json.Marshal(w.state)
 	if err != nil {
 		return err
@@ -259,7 +259,8 @@ func (w *objectWriter) Cancel(context.Context) error {
 	return errors.Join(err, w.driver.bucket.Delete(ctx, w.stateKey()), w.driver.bucket.Delete(ctx, objectKey(w.path)))
 }
 
-// Commit puts the data in its place.
+// Commit puts the data in its place. The state stays beside it if nothing else
+// tells what it is.
 func (w *objectWriter) Commit(context.Context) error {
 	if w.failed != nil || w.placed {
 		return w.failed
@@ -270,7 +271,7 @@ func (w *objectWriter) Commit(context.Context) error {
 		return w.failed
 	}
 	w.placed = true
-	if w.version == "" {
+	if w.version == "" || w.state.Mark != "" {
 		return nil
 	}
 	return w.driver.bucket.Delete(ctx, w.stateKey())
@@ -302,7 +303,7 @@ func (w *objectWriter) place(ctx context.Context) error {
 	case ignoreAbsent(err) != nil:
 		return err
 	}
-	err = w.driver.bucket.Complete(ctx, key, w.state.Upload, w.state.Parts, nil)
+	err = w.driver.bucket.Complete(ctx, key, w.state.Upload, w.state.Parts, markOf(w.state.Mark))
 	if errors.Is(err, fs.ErrNotExist) { // it was, and the answer got lost
 		if at, statErr := w.driver.bucket.Stat(ctx, key); statErr == nil && at.Size == w.size {
 			return nil
@@ -319,14 +320,18 @@ func (w *objectWriter) placeSmall(ctx context.Context, key string) error {
 			return err
 		}
 	}
-	_, err := w.driver.bucket.Put(ctx, key, w.tail.Bytes(), nil, bucket.Conditions{Absent: true})
+	var seal map[string]string
+	if d := w.digest(); d != "" {
+		seal = sealOf(d)
+	}
+	_, err := w.driver.bucket.Put(ctx, key, w.tail.Bytes(), seal, bucket.Conditions{Absent: true})
 	if !errors.Is(err, bucket.ErrCondition) {
 		return err
 	}
 	// There is room for it where an empty file was committed.
 	at, err := w.driver.bucket.Stat(ctx, key)
 	if err == nil && at.Size == 0 {
-		_, err = w.driver.bucket.Put(ctx, key, w.tail.Bytes(), nil, bucket.Conditions{Version: at.Version})
+		_, err = w.driver.bucket.Put(ctx, key, w.tail.Bytes(), seal, bucket.Conditions{Version: at.Version})
 	} else if err == nil {
 		err = bucket.ErrCondition
 	}
@@ -341,19 +346,4 @@ func (w *objectWriter) release() {
 		tails.Put(w.tail)
 	}
 	w.tail, w.ended = nil, true
-}
-
-// abortUpload throws away the parts of an upload whose state is about to be
-// deleted.
-func (d *bucketDriver) abortUpload(ctx context.Context, stateKey string) error {
-	r, _, err := d.bucket.Open(ctx, stateKey, 0, -1)
-	if err != nil {
-		return ignoreAbsent(err)
-	}
-	defer r.Close()
-	var state uploadState
-	if err := json.NewDecoder(io.LimitReader(r, 4<<20)).Decode(&state); err != nil || state.Upload == "" {
-		return nil // nobody can go on with it, and what it began is swept
-	}
-	return d.bucket.Abort(ctx, stateKey[:len(stateKey)-len(uploadSuffix)], state.Upload)
 }

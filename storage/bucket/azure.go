@@ -64,10 +64,7 @@ func (a *azureStore) open(ctx context.Context, key string, offset, length int64,
 	if err != nil {
 		return nil, Attributes{}, err
 	}
-	o := &blob.DownloadStreamOptions{Range: blob.HTTPRange{Offset: offset, Count: max(0, length)}}
-	if version != "" {
-		o.AccessConditions = &blob.AccessConditions{ModifiedAccessConditions: &blob.ModifiedAccessConditions{IfMatch: to.Ptr(azcore.ETag(version))}}
-	}
+	o := &blob.DownloadStreamOptions{Range: blob.HTTPRange{Offset: offset, Count: max(0, length)}, AccessConditions: ifMatch(version)}
 	out, err := b.DownloadStream(ctx, o)
 	if err != nil {
 		if a.classify(err).kind == outside {
@@ -88,6 +85,14 @@ func (a *azureStore) open(ctx context.Context, key string, offset, length int64,
 		return nil, Attributes{}, err
 	}
 	return out.Body, Attributes{Key: key, Size: size, Modified: value(out.LastModified), Version: string(value(out.ETag)), Metadata: fromAzure(out.Metadata)}, nil
+}
+
+// ifMatch is the condition that a blob is in a version, if that is not empty.
+func ifMatch(version string) *blob.AccessConditions {
+	if version == "" {
+		return nil
+	}
+	return &blob.AccessConditions{ModifiedAccessConditions: &blob.ModifiedAccessConditions{IfMatch: to.Ptr(azcore.ETag(version))}}
 }
 
 // copied says whether a blob is whole: copies come into being empty.

@@ -3,6 +3,7 @@ package bucket
 import (
 	"context"
 	"crypto/md5" //nolint:gosec // what Azure verifies uploads by
+	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/streaming"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blockblob"
@@ -27,7 +29,7 @@ func (a *azureStore) begin(_ context.Context, key string, _ map[string]string) (
 }
 
 func (a *azureStore) part(ctx context.Context, _, upload string, number int, content io.ReadSeeker, size int64) (Part, error) {
-	part := Part{Number: number, Size: size, Tag: base64.StdEncoding.EncodeToString(fmt.Appendf(nil, "%06d", number))}
+	part := Part{Number: number, Size: size}
 	b, err := a.blob(a.place(upload))
 	if err != nil || size == 0 {
 		return part, err // Azure knows no empty block
@@ -39,6 +41,8 @@ func (a *azureStore) part(ctx context.Context, _, upload string, number int, con
 	if _, err := content.Seek(0, io.SeekStart); err != nil {
 		return Part{}, err
 	}
+	// The block is named anew each time, so that nobody else's takes its place.
+	part.Tag = base64.StdEncoding.EncodeToString(fmt.Appendf(nil, "%06d-%s", number, rand.Text()))
 	_, err = b.StageBlock(at(ctx, steady), part.Tag, streaming.NopCloser(content), &blockblob.StageBlockOptions{
 		TransactionalValidation: blob.TransferValidationTypeMD5(sum.Sum(nil)),
 	})
@@ -64,7 +68,7 @@ func (a *azureStore) complete(ctx context.Context, key, upload string, parts []P
 	if err != nil {
 		return err
 	}
-	if err := a.copyTo(ctx, place, key, metadata); err != nil {
+	if err := a.copyTo(ctx, place, "", key, metadata); err != nil {
 		return err
 	}
 	return a.try(ctx, func() error {
@@ -110,25 +114,25 @@ func (a *azureStore) uploads(ctx context.Context, prefix, token string) ([]Unfin
 }
 
 // copy changes the metadata alone where that is all there is to do.
-func (a *azureStore) copy(ctx context.Context, from, to string, metadata map[string]string) error {
+func (a *azureStore) copy(ctx context.Context, from, version, to string, metadata map[string]string) error {
 	if from != to {
-		return a.copyTo(ctx, from, to, metadata)
+		return a.copyTo(ctx, from, version, to, metadata)
 	}
 	return a.try(ctx, func() error {
 		b, err := a.blob(from)
 		if err != nil {
 			return err
 		}
-		_, err = b.SetMetadata(ctx, toAzure(metadata), nil)
+		_, err = b.SetMetadata(ctx, toAzure(metadata), &blob.SetMetadataOptions{AccessConditions: ifMatch(version)})
 		return err
 	})
 }
 
 // copyTo copies within the account, and waits for it.
-func (a *azureStore) copyTo(ctx context.Context, from, to string, metadata map[string]string) error {
+func (a *azureStore) copyTo(ctx context.Context, from, version, to string, metadata map[string]string) error {
 	var status blob.CopyStatusType
 	err := a.try(ctx, func() (err error) {
-		status, err = a.startCopy(ctx, from, to, metadata)
+		status, err = a.startCopy(ctx, from, version, to, metadata)
 		return err
 	})
 	progress, moved := "", time.Now()
@@ -156,7 +160,7 @@ func (a *azureStore) copyTo(ctx context.Context, from, to string, metadata map[s
 	return err
 }
 
-func (a *azureStore) startCopy(ctx context.Context, from, to string, metadata map[string]string) (blob.CopyStatusType, error) {
+func (a *azureStore) startCopy(ctx context.Context, from, version, to string, metadata map[string]string) (blob.CopyStatusType, error) {
 	l, err := a.login.get()
 	if err != nil {
 		return "", err
@@ -167,7 +171,12 @@ func (a *azureStore) startCopy(ctx context.Context, from, to string, metadata ma
 		m = toAzure(map[string]string{writer: "copy"})
 	}
 	source := l.container.NewBlobClient(from).URL() // with the signature, where there is one
-	out, err := l.container.NewBlobClient(to).StartCopyFromURL(at(ctx, lengthy), source, &blob.StartCopyFromURLOptions{Metadata: m})
+	o := &blob.StartCopyFromURLOptions{Metadata: m}
+	if version != "" {
+		tag := azcore.ETag(version)
+		o.SourceModifiedAccessConditions = &blob.SourceModifiedAccessConditions{SourceIfMatch: &tag}
+	}
+	out, err := l.container.NewBlobClient(to).StartCopyFromURL(at(ctx, lengthy), source, o)
 	if err != nil {
 		return "", err
 	}

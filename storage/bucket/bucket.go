@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// ErrCondition is wrapped by the error of a Put whose condition did not hold.
+// ErrCondition is wrapped by the error of a Put or a Copy whose condition did not
+// hold.
 var ErrCondition = errors.New("the object was changed by another")
 
 // Attributes describe an object.
@@ -73,8 +74,10 @@ type Bucket interface {
 	// changes while it runs is listed, or not.
 	List(ctx context.Context, prefix, after, delimiter string) iter.Seq2[Attributes, error]
 	// Copy makes to a copy of from with other metadata, within the object
-	// store, however large it is. from and to may be the same.
-	Copy(ctx context.Context, from, to string, metadata map[string]string) error
+	// store, however large it is. from and to may be the same. Unless version
+	// is empty, what is copied is that version of from: the error wraps
+	// ErrCondition when another is there, or none.
+	Copy(ctx context.Context, from, version, to string, metadata map[string]string) error
 
 	// Begin begins an upload in parts, which other processes may go on with.
 	// Nothing can be seen of it until Complete.
@@ -85,8 +88,9 @@ type Bucket interface {
 	// stands, more than once.
 	Part(ctx context.Context, key, upload string, number int, content io.ReadSeeker, size int64) (Part, error)
 	// Complete puts the object together from all of its parts, in order of
-	// their numbers, with the metadata that it was begun with. The error is
-	// fs.ErrNotExist when there is no such upload.
+	// their numbers, with the metadata that it was begun with. A part that was
+	// replaced after Part returned it is an error, or is taken as it was. The
+	// error is fs.ErrNotExist when there is no such upload.
 	Complete(ctx context.Context, key, upload string, parts []Part, metadata map[string]string) error
 	// Abort throws an upload away. One that is not there is no error.
 	Abort(ctx context.Context, key, upload string) error

@@ -27,7 +27,7 @@ type store interface {
 	abort(ctx context.Context, key, upload string) error
 	uploads(ctx context.Context, prefix, token string) (page []Unfinished, next string, err error)
 	// copy and complete take several steps, which they try again each.
-	copy(ctx context.Context, from, to string, metadata map[string]string) error
+	copy(ctx context.Context, from, version, to string, metadata map[string]string) error
 	complete(ctx context.Context, key, upload string, parts []Part, metadata map[string]string) error
 	// classify says what an error of the methods above means.
 	classify(err error) fault
@@ -207,8 +207,12 @@ func pages[T any](ctx context.Context, c *client, what, prefix string, page func
 }
 
 // Copy implements [Bucket].
-func (c *client) Copy(ctx context.Context, from, to string, metadata map[string]string) error {
-	return c.explain(ctx, "copy", from, c.store.copy(ctx, c.prefix+from, c.prefix+to, metadata))
+func (c *client) Copy(ctx context.Context, from, version, to string, metadata map[string]string) error {
+	err := c.store.copy(ctx, c.prefix+from, version, c.prefix+to, metadata)
+	if err != nil && version != "" && c.store.classify(err).kind == missing {
+		err = ErrCondition
+	}
+	return c.explain(ctx, "copy", from, err)
 }
 
 // Begin implements [Bucket].

@@ -2,6 +2,7 @@ package bucket
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"io"
 	"net/http"
@@ -21,13 +22,14 @@ func (g *gcsStore) begin(_ context.Context, key string, _ map[string]string) (st
 }
 
 func (g *gcsStore) part(ctx context.Context, _, upload string, number int, content io.ReadSeeker, size int64) (Part, error) {
-	stored, err := g.upload(at(ctx, steady), g.piece(upload, number), content, size, nil, url.Values{})
-	return Part{Number: number, Size: size, Tag: stored.Version}, err
+	name := rand.Text() // so that nobody else's takes its place
+	stored, err := g.upload(at(ctx, steady), g.piece(upload, number, name), content, size, nil, url.Values{})
+	return Part{Number: number, Size: size, Tag: name + "/" + stored.Version}, err
 }
 
 // piece names a part.
-func (g *gcsStore) piece(upload string, number int) string {
-	return fmt.Sprintf("%s/%05d", g.place(upload), number)
+func (g *gcsStore) piece(upload string, number int, name string) string {
+	return fmt.Sprintf("%s/%05d-%s", g.place(upload), number, name)
 }
 
 // source is an object to be put together with others, in one generation of it.
@@ -40,7 +42,8 @@ type source struct {
 func (g *gcsStore) complete(ctx context.Context, key, upload string, parts []Part, metadata map[string]string) error {
 	sources := make([]source, len(parts))
 	for i, p := range parts {
-		sources[i] = source{g.piece(upload, p.Number), p.Tag}
+		name, generation, _ := strings.Cut(p.Tag, "/")
+		sources[i] = source{g.piece(upload, p.Number, name), generation}
 	}
 	for stage := 1; len(sources) > joined; stage++ {
 		var err error
@@ -128,11 +131,15 @@ func (g *gcsStore) uploads(ctx context.Context, prefix, token string) ([]Unfinis
 }
 
 // copy goes on as long as Google says that there is more to do.
-func (g *gcsStore) copy(ctx context.Context, from, to string, metadata map[string]string) error {
+func (g *gcsStore) copy(ctx context.Context, from, version, to string, metadata map[string]string) error {
 	if len(metadata) == 0 {
 		metadata = map[string]string{writer: "copy"} // or the source's would be taken
 	}
 	query := url.Values{"fields": {"done,rewriteToken"}}
+	if version != "" {
+		query.Set("sourceGeneration", version)
+		query.Set("ifSourceGenerationMatch", version)
+	}
 	for {
 		var answer struct {
 			Done  bool   `json:"done"`

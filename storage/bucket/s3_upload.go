@@ -84,7 +84,7 @@ func (s *s3Store) uploads(ctx context.Context, prefix, token string) ([]Unfinish
 	return page, aws.ToString(out.NextKeyMarker) + "\n" + aws.ToString(out.NextUploadIdMarker), nil
 }
 
-func (s *s3Store) copy(ctx context.Context, from, to string, metadata map[string]string) error {
+func (s *s3Store) copy(ctx context.Context, from, version, to string, metadata map[string]string) error {
 	var object Attributes
 	err := s.try(ctx, func() (err error) {
 		object, err = s.stat(ctx, from)
@@ -93,12 +93,15 @@ func (s *s3Store) copy(ctx context.Context, from, to string, metadata map[string
 	if err != nil {
 		return err
 	}
+	if version != "" && object.Version != version {
+		return ErrCondition
+	}
 	if object.Size > s.copyLimit {
 		return s.copyParts(ctx, object, to, metadata)
 	}
 	return s.try(ctx, func() error {
 		_, err := s.client().CopyObject(at(ctx, lengthy), &s3.CopyObjectInput{
-			Bucket: &s.bucket, Key: &to, CopySource: s.source(from),
+			Bucket: &s.bucket, Key: &to, CopySource: s.source(from), CopySourceIfMatch: optional(version),
 			MetadataDirective: types.MetadataDirectiveReplace, Metadata: metadata, ContentType: aws.String("application/octet-stream"),
 		})
 		return err

@@ -81,7 +81,7 @@ func TestFaults(t *testing.T) {
 			}
 			do("complete", func() error { return b.Complete(t.Context(), key+"-parts", id, parts, map[string]string{"a": "d"}) })
 			expectObject(t, b, key+"-parts", append(bytes.Clone(content), content...), map[string]string{"a": "d"})
-			do("copy", func() error { return b.Copy(t.Context(), key, key+"-copy", map[string]string{"a": "e"}) })
+			do("copy", func() error { return b.Copy(t.Context(), key, "", key+"-copy", map[string]string{"a": "e"}) })
 			expectObject(t, b, key+"-copy", []byte("precious 2"), map[string]string{"a": "e"})
 			do("delete", func() error { return b.Delete(t.Context(), key) })
 		}

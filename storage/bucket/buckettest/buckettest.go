@@ -40,6 +40,7 @@ func Run(t *testing.T, b bucket.Bucket, except ...string) {
 		{"List", list},
 		{"Pages", pages},
 		{"Copy", copies},
+		{"CopyOfVersion", copyOfVersion},
 		{"Upload", uploads},
 		{"UploadsOfOneKey", uploadsOfOneKey},
 		{"UnknownUpload", unknownUpload},
@@ -165,7 +166,7 @@ func absence(t *testing.T, b bucket.Bucket) {
 	wants(t, fs.ErrNotExist, err)
 	_, err = b.Stat(t.Context(), key)
 	wants(t, fs.ErrNotExist, err)
-	wants(t, fs.ErrNotExist, b.Copy(t.Context(), key, key+"2", nil))
+	wants(t, fs.ErrNotExist, b.Copy(t.Context(), key, "", key+"2", nil))
 	for range 2 {
 		wants(t, nil, b.Delete(t.Context(), key))
 	}
@@ -274,7 +275,7 @@ func keys(t *testing.T, b bucket.Bucket) {
 		got, at := read(t, b, key)
 		expect(t, name, got)
 		expect(t, key, at.Key)
-		wants(t, nil, b.Copy(t.Context(), key, key+"-copy", nil))
+		wants(t, nil, b.Copy(t.Context(), key, "", key+"-copy", nil))
 		got, _ = read(t, b, key+"-copy")
 		expect(t, name, got)
 		expect(t, []string{key, key + "-copy"}, listed(t, b, key, "", ""))

@@ -18,7 +18,7 @@ func copies(t *testing.T, b bucket.Bucket) {
 	from, to := dir(t)+"from", dir(t)+"to"
 	put(t, b, from, "content", map[string]string{"old": "1"})
 	put(t, b, to, "replaced", map[string]string{"older": "2"})
-	wants(t, nil, b.Copy(t.Context(), from, to, map[string]string{"new": "3"}))
+	wants(t, nil, b.Copy(t.Context(), from, "", to, map[string]string{"new": "3"}))
 	got, at := read(t, b, to)
 	expect(t, "content", got)
 	expect(t, map[string]string{"new": "3"}, at.Metadata)
@@ -26,21 +26,56 @@ func copies(t *testing.T, b bucket.Bucket) {
 	expect(t, "content", got)
 	expect(t, map[string]string{"old": "1"}, at.Metadata)
 
-	wants(t, nil, b.Copy(t.Context(), from, from, map[string]string{"digest": "x"}))
+	wants(t, nil, b.Copy(t.Context(), from, "", from, map[string]string{"digest": "x"}))
 	got, at = read(t, b, from)
 	expect(t, "content", got)
 	expect(t, map[string]string{"digest": "x"}, at.Metadata)
 
 	large := random(2*partSize+12345, 9)
 	upload(t, b, dir(t)+"large", large, map[string]string{"old": "1"})
-	wants(t, nil, b.Copy(t.Context(), dir(t)+"large", dir(t)+"large2", map[string]string{"new": "2"}))
-	wants(t, nil, b.Copy(t.Context(), dir(t)+"large", dir(t)+"large", map[string]string{"new": "2"}))
+	wants(t, nil, b.Copy(t.Context(), dir(t)+"large", "", dir(t)+"large2", map[string]string{"new": "2"}))
+	wants(t, nil, b.Copy(t.Context(), dir(t)+"large", "", dir(t)+"large", map[string]string{"new": "2"}))
 	for _, name := range []string{"large", "large2"} {
 		got, at := read(t, b, dir(t)+name)
 		if got != string(large) {
 			t.Errorf("the copy %s of %d bytes differs: %d bytes", name, len(large), len(got))
 		}
 		expect(t, map[string]string{"new": "2"}, at.Metadata)
+	}
+	noScratch(t, b)
+}
+
+// copyOfVersion copies what was seen, and nothing that has taken its place.
+func copyOfVersion(t *testing.T, b bucket.Bucket) {
+	for name, store := range map[string]func(key string, seed byte){
+		"small": func(key string, seed byte) { put(t, b, key, string(random(100, seed)), nil) },
+		"large": func(key string, seed byte) { upload(t, b, key, random(partSize+2<<20, seed), nil) },
+	} {
+		from, to := dir(t)+name, dir(t)+name+"-copy"
+		seal := map[string]string{"digest": name}
+		store(from, 1)
+		_, first := read(t, b, from)
+		store(from, 2)
+		content, second := read(t, b, from)
+		wants(t, bucket.ErrCondition, b.Copy(t.Context(), from, first.Version, to, seal))
+		wants(t, bucket.ErrCondition, b.Copy(t.Context(), from, first.Version, from, seal))
+		_, err := b.Stat(t.Context(), to)
+		wants(t, fs.ErrNotExist, err)
+		got, at := read(t, b, from)
+		if got != content || len(at.Metadata) > 0 {
+			t.Fatalf("%s: a copy that was refused has changed it: %d bytes, %v", name, len(got), at.Metadata)
+		}
+		wants(t, nil, b.Copy(t.Context(), from, second.Version, to, seal))
+		wants(t, nil, b.Copy(t.Context(), from, second.Version, from, seal))
+		for _, key := range []string{from, to} {
+			got, at := read(t, b, key)
+			if got != content {
+				t.Errorf("%s: the copy differs: %d bytes", key, len(got))
+			}
+			expect(t, seal, at.Metadata)
+		}
+		wants(t, nil, b.Delete(t.Context(), from))
+		wants(t, bucket.ErrCondition, b.Copy(t.Context(), from, second.Version, to+"2", seal))
 	}
 	noScratch(t, b)
 }
@@ -88,7 +123,18 @@ func uploads(t *testing.T, b bucket.Bucket) {
 		t.Errorf("a range over the joint is %x", got)
 	}
 
-	// An object in one part, and one that has more parts than can be joined at once.
+	// Parts that another replaces do not get into what was meant.
+	id, err = b.Begin(t.Context(), key+"2", nil)
+	wants(t, nil, err)
+	mine := part(t, b, key+"2", id, 1, random(777, 5))
+	part(t, b, key+"2", id, 1, random(777, 6))
+	if err := b.Complete(t.Context(), key+"2", id, []bucket.Part{mine}, nil); err == nil {
+		if got, _ := read(t, b, key+"2"); got != string(random(777, 5)) {
+			t.Error("it was put together with another's part")
+		}
+	}
+	wants(t, nil, b.Abort(t.Context(), key+"2", id))
+
 	upload(t, b, key+"1", []byte("short"), nil)
 	if got, _ := read(t, b, key+"1"); got != "short" {
 		t.Errorf("an upload of one part is %q", got)
@@ -214,7 +260,7 @@ func cancelled(t *testing.T, b bucket.Bucket) {
 	_, err = b.Put(ctx, key, nil, nil, bucket.Conditions{})
 	wants(t, context.Canceled, err)
 	wants(t, context.Canceled, b.Delete(ctx, key))
-	wants(t, context.Canceled, b.Copy(ctx, key, key+"2", nil))
+	wants(t, context.Canceled, b.Copy(ctx, key, "", key+"2", nil))
 	_, err = b.Begin(ctx, key, nil)
 	wants(t, context.Canceled, err)
 	for _, err := range b.List(ctx, "", "", "") {

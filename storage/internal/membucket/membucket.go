@@ -282,9 +282,12 @@ func (b *Bucket) page(prefix, after, delimiter string) []bucket.Attributes {
 }
 
 // Copy implements [bucket.Bucket].
-func (b *Bucket) Copy(ctx context.Context, from, to string, metadata map[string]string) error {
+func (b *Bucket) Copy(ctx context.Context, from, version, to string, metadata map[string]string) error {
 	return b.do(ctx, "Copy", from, func() error {
 		o, ok := b.objects[from]
+		if version != "" && (!ok || describe(from, o).Version != version) {
+			return bucket.ErrCondition
+		}
 		if !ok {
 			return fs.ErrNotExist
 		}
