@@ -111,6 +111,9 @@ func writeError(w http.ResponseWriter, r *http.Request, e *apiError) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	h.Set("X-Content-Type-Options", "nosniff")
+	if e.status == http.StatusServiceUnavailable {
+		h.Set("Retry-After", "5")
+	}
 	w.WriteHeader(e.status)
 	if r.Method != http.MethodHead {
 		w.Write(body)

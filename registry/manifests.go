@@ -177,7 +177,7 @@ func (s *Server) readManifest(w http.ResponseWriter, r *http.Request) ([]byte, e
 	if r.ContentLength > maxManifest {
 		return nil, errManifestTooLarge
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	body := &bodyReader{r: r.Body, turn: newTurn(w), stall: s.stall}
 	content, err := io.ReadAll(http.MaxBytesReader(w, io.NopCloser(body), maxManifest))
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {

@@ -81,6 +81,7 @@ type Server struct {
 
 	children children
 	claims   claims
+	turns    turns
 	uploads  chan struct{} // holds a value for each upload that is served
 	denials  *bounded
 	faults   *bounded

@@ -49,7 +49,7 @@ func (s *Server) startUpload(w http.ResponseWriter, r *http.Request, repo storag
 		return fmt.Errorf("starting upload: %w", err)
 	}
 	if d := query.Get("digest"); d != "" {
-		return s.finish(w, r, repo, upload, d)
+		return s.finish(w, r, repo, upload, newTurn(w), d)
 	}
 	if err := upload.Close(); err != nil {
 		return abandon(r.Context(), repo, upload, err)
@@ -121,11 +121,16 @@ func (s *Server) uploadProgress(w http.ResponseWriter, r *http.Request, repo sto
 
 // patchUpload appends a chunk.
 func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	turn, end, err := s.turns.take(r.Context(), w, repo.Name()+"/"+id)
+	if err != nil {
+		return err
+	}
+	defer end()
 	upload, err := s.resume(r.Context(), repo, id)
 	if err != nil {
 		return err
 	}
-	room, err := s.receive(w, r, repo, upload)
+	room, err := s.receive(w, r, repo, upload, turn)
 	defer room.release()
 	if errors.Is(err, storage.ErrUploadComplete) {
 		return errors.Join(errRangeInvalid.because("all of it has come already"), upload.Close())
@@ -143,6 +148,11 @@ func (s *Server) patchUpload(w http.ResponseWriter, r *http.Request, repo storag
 // a blob.
 func (s *Server) putUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
 	ref := r.URL.Query().Get("digest")
+	turn, end, err := s.turns.take(r.Context(), w, repo.Name()+"/"+id)
+	if err != nil {
+		return err
+	}
+	defer end()
 	upload, err := s.resume(r.Context(), repo, id)
 	if errors.Is(err, errBlobUploadUnknown) && s.finished(w, r, repo, ref) {
 		return nil
@@ -150,7 +160,7 @@ func (s *Server) putUpload(w http.ResponseWriter, r *http.Request, repo storage.
 	if err != nil {
 		return err
 	}
-	return s.finish(w, r, repo, upload, ref)
+	return s.finish(w, r, repo, upload, turn, ref)
 }
 
 // finished answers a client whose upload is a blob already, and who was not told
@@ -171,12 +181,17 @@ func (s *Server) finished(w http.ResponseWriter, r *http.Request, repo storage.R
 // discard reads what a client sends in vain: many take no answer before they have
 // sent all.
 func (s *Server) discard(w http.ResponseWriter, r *http.Request) {
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	body := &bodyReader{r: r.Body, turn: newTurn(w), stall: s.stall}
 	_, _ = io.Copy(io.Discard, body)
 }
 
-// cancelUpload throws an upload away.
+// cancelUpload throws an upload away, and ends the request that writes to it.
 func (s *Server) cancelUpload(w http.ResponseWriter, r *http.Request, repo storage.Repository, id string) error {
+	_, end, err := s.turns.take(r.Context(), w, repo.Name()+"/"+id)
+	if err != nil {
+		return err
+	}
+	defer end()
 	upload, err := s.resume(r.Context(), repo, id)
 	if err != nil {
 		return err
@@ -191,13 +206,13 @@ func (s *Server) cancelUpload(w http.ResponseWriter, r *http.Request, repo stora
 
 // finish receives what is left of an upload and commits it under its digest.
 // Content that is not what was promised is thrown away.
-func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter, ref string) error {
+func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter, turn *turn, ref string) error {
 	d, err := parseDigest(ref)
 	if err != nil {
 		return errors.Join(err, upload.Close())
 	}
 	again := watchResend(r, upload, d)
-	room, err := s.receive(w, r, repo, upload)
+	room, err := s.receive(w, r, repo, upload, turn)
 	defer room.release()
 	if errors.Is(err, storage.ErrUploadComplete) {
 		s.discard(w, r)
@@ -217,7 +232,7 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 	case err == nil:
 		blobCreated(w, repo, d)
 		return nil
-	case errors.As(err, &invalid):
+	case errors.As(err, &invalid), errors.Is(err, storage.ErrCorrupt):
 		return errors.Join(errDigestInvalid.with(map[string]string{"digest": d.String()}), repo.DeleteUpload(r.Context(), upload.ID()))
 	case errors.Is(err, distribution.ErrBlobInvalidLength):
 		return errors.Join(errSizeInvalid, repo.DeleteUpload(r.Context(), upload.ID()))
@@ -231,7 +246,7 @@ func (s *Server) finish(w http.ResponseWriter, r *http.Request, repo storage.Rep
 // that is storage.ErrUploadComplete, and the rest of the body is of no use. A client
 // whose connection broke may go on from where it broke; when it is the
 // storage that failed, the upload is gone, and the space that it took is free.
-func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter) (*claim, error) {
+func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Repository, upload distribution.BlobWriter, turn *turn) (*claim, error) {
 	if err := checkRange(r, upload.Size()); err != nil {
 		if errors.Is(err, errRangeInvalid) {
 			setUploadHeaders(w, repo, upload) // tell the client where to go on
@@ -242,7 +257,7 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 	if err != nil {
 		return nil, errors.Join(err, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
 	}
-	body := &bodyReader{r: r.Body, conn: http.NewResponseController(w), stall: s.stall}
+	body := &bodyReader{r: r.Body, turn: turn, stall: s.stall}
 	if r.ContentLength < 0 {
 		body.room = room
 	}
@@ -254,15 +269,24 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request, repo storage.Re
 		return room, err
 	case body.full != nil:
 		return room, errors.Join(body.full, upload.Close(), repo.DeleteUpload(r.Context(), upload.ID()))
+	case body.err != nil && turn.lost():
+		return room, errors.Join(errUploadBusy, upload.Close())
 	case body.err != nil:
 		return room, errors.Join(errSizeInvalid.because("the chunk was cut short"), upload.Close())
+	case errors.Is(err, fs.ErrNotExist): // it has been cancelled meanwhile
+		return room, errors.Join(errBlobUploadUnknown, upload.Close())
 	default:
 		return room, abandon(r.Context(), repo, upload, err)
 	}
 }
 
-// abandon throws away an upload that the storage failed, and returns why.
+// abandon throws away an upload that the storage failed, and returns why. One that
+// another writes to is not this request's to throw away.
 func abandon(ctx context.Context, repo storage.Repository, upload distribution.BlobWriter, err error) error {
+	if errors.Is(err, storage.ErrBusy) {
+		_ = upload.Close() // of what is there, nothing came by it
+		return errUploadBusy
+	}
 	// Of a storage that fails, neither is to be expected to succeed. Cancel
 	// closes the file, and after a failed commit does nothing else.
 	_ = upload.Cancel(ctx)
@@ -275,7 +299,7 @@ func abandon(ctx context.Context, repo storage.Repository, upload distribution.B
 // a client that sends something goes on.
 type bodyReader struct {
 	r     io.Reader
-	conn  *http.ResponseController
+	turn  *turn
 	stall time.Duration
 	room  *claim // for what comes; nil: there is no bound, or it is claimed
 	err   error  // of the client
@@ -283,9 +307,7 @@ type bodyReader struct {
 }
 
 func (b *bodyReader) Read(p []byte) (int, error) {
-	// Not every ResponseWriter can; those that come from a connection do.
-	_ = b.conn.SetReadDeadline(time.Now().Add(b.stall))
-	n, err := b.r.Read(p)
+	n, err := b.turn.read(b.stall, func() (int, error) { return b.r.Read(p) })
 	if err != nil && err != io.EOF {
 		b.err = err
 	}
@@ -326,7 +348,7 @@ func (s *Server) resume(ctx context.Context, repo storage.Repository, id string)
 		return nil, err
 	}
 	upload, err := blobs.Resume(ctx, id)
-	if errors.Is(err, distribution.ErrBlobUploadUnknown) {
+	if errors.Is(err, distribution.ErrBlobUploadUnknown) || errors.Is(err, fs.ErrNotExist) {
 		return nil, errBlobUploadUnknown
 	}
 	if err != nil {

@@ -22,6 +22,8 @@ type directory struct {
 	root string
 	log  *slog.Logger
 	fs   storagedriver.StorageDriver // distribution's filesystem driver
+
+	uploads uploads
 }
 
 var _ medium = (*directory)(nil)
@@ -107,7 +109,7 @@ func unusable(root string, err error) error {
 	return fmt.Errorf("data directory %s cannot be written: %w; make it writable for user %d, free space on its volume, or choose another directory", root, err, os.Getuid())
 }
 
-func (m *directory) driver() storagedriver.StorageDriver { return m.fs }
+func (m *directory) driver() storagedriver.StorageDriver { return uploadDriver{m.fs, m} }
 
 func (m *directory) ready(context.Context) error {
 	dir, err := os.Open(m.root)

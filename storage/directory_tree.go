@@ -19,6 +19,9 @@ func (m *directory) readFile(_ context.Context, path string) ([]byte, error) {
 }
 
 func (m *directory) putFile(ctx context.Context, path string, content []byte) error {
+	if keep, err := m.keepsHash(path); !keep || err != nil {
+		return err
+	}
 	return m.untilPlaced(path, func() error { return m.fs.PutContent(ctx, path, content) })
 }
 
@@ -44,10 +47,13 @@ func (m *directory) createFile(_ context.Context, path string, content []byte) e
 
 // move renames a file into place and makes the rename durable, which the driver
 // underneath does for PutContent but not here. An upload's data is sealed before,
-// so that it appears in the tree sealed.
+// so that it appears in the tree sealed, and right.
 func (m *directory) move(ctx context.Context, from, to string) error {
 	if dgst, ok := parseBlobPath(to); ok && isUploadData(from) {
-		m.seal(from, dgst)
+		defer m.release(from)
+		if err := m.sealUpload(ctx, from, dgst); err != nil {
+			return err
+		}
 	}
 	if err := m.untilPlaced(to, func() error { return m.fs.Move(ctx, from, to) }); err != nil {
 		return err
@@ -65,8 +71,12 @@ func (m *directory) seal(path string, dgst digest.Digest) {
 		f.Close()
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		m.log.Warn("blob could not be sealed and will be hashed when it is read", "digest", dgst, "error", err)
+		m.notSealed(dgst, err)
 	}
+}
+
+func (m *directory) notSealed(dgst digest.Digest, err error) {
+	m.log.Warn("blob could not be sealed and will be hashed when it is read", "digest", dgst, "error", err)
 }
 
 // isUploadData reports whether a driver path is the data of an upload:
@@ -76,6 +86,7 @@ func isUploadData(p string) bool {
 }
 
 func (m *directory) remove(_ context.Context, path string) error {
+	defer m.release(path)
 	target := m.path(path)
 	found := false
 	for _, file := range []string{target, m.limboPath(path)} {
@@ -94,8 +105,14 @@ func (m *directory) remove(_ context.Context, path string) error {
 	return ignoreAbsent(syncDir(filepath.Dir(target)))
 }
 
+// removeUpload has the upload vanish in one step, so that nobody finds a part of it
+// to go on with.
 func (m *directory) removeUpload(_ context.Context, path string) error {
-	return os.RemoveAll(m.path(path))
+	defer m.release(path)
+	if err := ignoreAbsent(m.discard(m.path(path))); err == nil {
+		return nil
+	}
+	return os.RemoveAll(m.path(path)) // on a disk too full for a rename, for one
 }
 
 func (m *directory) list(_ context.Context, path string) ([]entry, error) {
