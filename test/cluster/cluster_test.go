@@ -194,6 +194,11 @@ func TestCluster(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		// Until the node is counted, the rollout is complete without it.
+		eventually(t, func() error {
+			got, err := c.Kubectl(t.Context(), "get", "daemonset/tools", "-o", "jsonpath={.status.desiredNumberScheduled}")
+			return is(string(got), err, "3")
+		})
 		kubectl(t, c, "rollout", "status", "daemonset/tools", "--timeout=180s")
 		if got := readNode(t, n, "etc/written-by-pod"); got != n.Name()+"\n" {
 			t.Errorf("%s has %q", n.Name(), got)
