@@ -308,7 +308,7 @@ type bodyReader struct {
 
 func (b *bodyReader) Read(p []byte) (int, error) {
 	n, err := b.turn.read(b.stall, func() (int, error) { return b.r.Read(p) })
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		b.err = err
 	}
 	if b.full = b.room.more(int64(n)); b.full != nil {
