@@ -27,7 +27,7 @@ clients:
 
 # Real object stores; the first run compiles MinIO, for some minutes.
 objects: test/objects/azurite/node_modules
-	go test -C test/objects -count=1 -timeout 30m ./...
+	go test -C test/objects -count=1 -parallel 8 -timeout 30m ./...
 
 test/objects/azurite/node_modules: test/objects/azurite/package-lock.json
 	@./test/prepare nodejs npm

@@ -213,9 +213,13 @@ func (d *bucketDriver) Delete(ctx context.Context, path string) error {
 	ctx, cancel := d.upload(ctx, path)
 	defer cancel()
 	found := false
-	if _, err := d.bucket.Stat(ctx, objectKey(path)); err == nil {
+	if at, err := d.bucket.Stat(ctx, objectKey(path)); err == nil {
 		found = true
-		if err := d.bucket.Delete(ctx, objectKey(path)); err != nil {
+		err := d.bucket.Delete(ctx, at.Key)
+		if err == nil && at.Metadata[markName] != "" {
+			err = d.bucket.Delete(ctx, at.Key+uploadSuffix)
+		}
+		if err != nil {
 			return err
 		}
 	} else if !errors.Is(err, fs.ErrNotExist) {

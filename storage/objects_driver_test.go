@@ -11,6 +11,7 @@ import (
 // TestDriverSuite runs distribution's tests of a driver, with their smaller
 // contents: everything is in memory.
 func TestDriverSuite(t *testing.T) {
+	t.Parallel() // it sleeps a lot
 	short := flag.Lookup("test.short").Value
 	before := short.String()
 	if err := short.Set("true"); err != nil {

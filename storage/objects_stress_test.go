@@ -30,7 +30,15 @@ func testBucket(t *testing.T) bucket.Bucket {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.S3.Prefix = strings.ToLower(t.Name()) + "-" + strings.TrimPrefix(time.Now().Format(".000000000"), ".")
+	prefix := strings.ToLower(t.Name()) + "-" + strings.TrimPrefix(time.Now().Format(".000000000"), ".")
+	switch {
+	case cfg.S3 != nil:
+		cfg.S3.Prefix = prefix
+	case cfg.Azure != nil:
+		cfg.Azure.Prefix = prefix
+	case cfg.GCS != nil:
+		cfg.GCS.Prefix = prefix
+	}
 	b, err := bucket.Open(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -47,6 +55,7 @@ const (
 // TestObjectsCollectWhilePushing is TestCollectWhilePushing on an object store,
 // with two collectors.
 func TestObjectsCollectWhilePushing(t *testing.T) {
+	t.Parallel()
 	b := testBucket(t)
 	open := func() *Store {
 		s, err := Open(t.Context(), Config{Root: t.TempDir(), Bucket: b})

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -13,26 +12,47 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/connected-registry/connected-registry/storage"
 	"github.com/connected-registry/connected-registry/storage/bucket"
 )
 
-// TestStorageOnMinIO runs those of the storage's own tests that take any object
-// store: distribution's tests of drivers, and pushes, deletions and collectors at
-// several replicas.
-func TestStorageOnMinIO(t *testing.T) {
-	c := minioConfig(t, startMinIO(t, MinIO{Buckets: []string{"images"}}))
-	file := filepath.Join(t.TempDir(), "storage.yaml")
-	config := fmt.Sprintf("s3: {bucket: images, endpoint: %q, pathStyle: true}\ncredentials: %q\n", c.S3.Endpoint, c.Credentials)
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-C", "../..", "-count=1", "-run", "^(TestObjectsCollectWhilePushing|TestDriverSuite)$", "./storage")
-	cmd.Env = append(os.Environ(), "STORAGE_TEST_BUCKET="+file)
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("ok")) || bytes.Contains(out, []byte("no tests to run")) {
+// TestStorage runs those of the storage's own tests that take any object store, on
+// each kind at a time: distribution's tests of drivers, and pushes, deletions and
+// collectors at several replicas.
+func TestStorage(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "storage.test")
+	if out, err := exec.CommandContext(t.Context(), "go", "test", "-C", "../..", "-c", "-o", program, "./storage").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
+	}
+	for name, config := range map[string]func(t *testing.T) bucket.Config{
+		"MinIO": func(t *testing.T) bucket.Config {
+			return minioConfig(t, startMinIO(t, MinIO{Buckets: []string{"images"}}))
+		},
+		"Azurite": func(t *testing.T) bucket.Config { return azureConfig(t, startAzurite(t)) },
+		"FakeGCS": func(t *testing.T) bucket.Config {
+			url, _ := tokens(t)
+			return gcsConfig(t, startFakeGCS(t), url)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			content, err := yaml.Marshal(config(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(t.TempDir(), "storage.yaml")
+			if err := os.WriteFile(file, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), program, "-test.v", "-test.run", "^(TestObjectsCollectWhilePushing|TestDriverSuite)$")
+			cmd.Env = append(os.Environ(), "STORAGE_TEST_BUCKET="+file, "STORAGE_TEST_ROUNDS=20")
+			out, err := cmd.CombinedOutput()
+			if err != nil || !bytes.Contains(out, []byte("--- PASS: TestDriverSuite")) || !bytes.Contains(out, []byte("--- PASS: TestObjectsCollectWhilePushing")) {
+				t.Fatalf("%v\n%s", err, out)
+			}
+		})
 	}
 }
 
