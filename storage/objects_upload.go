@@ -29,7 +29,7 @@ const (
 )
 
 // errContinued ends a writer behind whose back another has gone on.
-var errContinued = errors.New("the upload was continued by another")
+var errContinued = fmt.Errorf("the upload was continued behind this request's back: %w", ErrBusy)
 
 // objectWriter writes the data of an upload.
 type objectWriter struct {

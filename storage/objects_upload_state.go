@@ -77,7 +77,7 @@ func (d *bucketDriver) placed(ctx context.Context, path string) (bucket.Attribut
 	var state uploadState
 	head, _, _ := bytes.Cut(content, []byte("\n"))
 	if err := json.Unmarshal(head, &state); err != nil || !state.Whole || state.Mark != at.Metadata[markName] {
-		return at, "", nil // it is another's
+		return at, "", nil //nolint:nilerr // it is another's
 	}
 	return at, state.Digest, nil
 }
