@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,7 +25,7 @@ type meeting struct {
 	cutoff    time.Time
 	client    context.Context
 	collector context.Context
-	met       bool
+	met       atomic.Bool
 }
 
 // meet runs a meeting. prepare says where whom is interrupted, and what happens
@@ -49,7 +50,7 @@ func meet(t *testing.T, prepare func(m *meeting), run func(m *meeting)) {
 		m.client, m.collector = new(process).as(t.Context()), new(process).as(t.Context())
 		prepare(m)
 		run(m)
-		if !m.met {
+		if !m.met.Load() {
 			t.Error("they have not met")
 		}
 	})
@@ -59,10 +60,9 @@ func meet(t *testing.T, prepare func(m *meeting), run func(m *meeting)) {
 // a method with the link.
 func (m *meeting) when(who context.Context, method string, do func(ctx context.Context) error) membucket.Hook {
 	return func(ctx context.Context, called, key string) error {
-		if m.met || called != method || key != objectKey(m.link.path) || ctx.Value(processKey{}) != who.Value(processKey{}) {
+		if called != method || key != objectKey(m.link.path) || ctx.Value(processKey{}) != who.Value(processKey{}) || m.met.Swap(true) {
 			return nil
 		}
-		m.met = true
 		return do(ctx)
 	}
 }
@@ -164,7 +164,7 @@ func TestObjectsLateReaper(t *testing.T) {
 
 // What one collector is deleting, another does not.
 func TestObjectsTombstoneOfAnother(t *testing.T) {
-	meet(t, func(m *meeting) { m.met = true }, func(m *meeting) {
+	meet(t, func(m *meeting) { m.met.Store(true) }, func(m *meeting) {
 		r := m.objects.reaper(m.collector)
 		defer r.release()
 		if ok, err := r.claim([]string{m.link.path}); !ok || err != nil {

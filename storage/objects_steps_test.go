@@ -30,6 +30,7 @@ type stop struct {
 	dies    bool
 
 	calls   atomic.Int64
+	hit     atomic.Bool
 	stopped chan struct{} // closed when it is
 }
 
@@ -50,7 +51,7 @@ func (s *stop) hook(after bool) membucket.Hook {
 		} else {
 			s.calls.Add(1)
 		}
-		if n != s.call || after != s.after || method == "Read" {
+		if n != s.call || after != s.after || method == "Read" || s.hit.Swap(true) {
 			return nil
 		}
 		close(s.stopped)
