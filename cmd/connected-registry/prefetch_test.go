@@ -215,7 +215,9 @@ func TestNodeCachePrefetchesPrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for auth, want := range map[string]int{"": http.StatusUnauthorized, "wrong": http.StatusUnauthorized, "pw": http.StatusOK} {
+	// A wrong password comes last: it takes the registry so long, on purpose, that
+	// on a slow machine the cache passes over the registry.
+	for _, auth := range []string{"", "pw", "wrong"} {
 		req, err := http.NewRequest(http.MethodGet, fmt.Sprintf("http://%s/v2/team/private/blobs/%s?ns=%s", listen, d, registry), nil)
 		if err != nil {
 			t.Fatal(err)
@@ -231,8 +233,16 @@ func TestNodeCachePrefetchesPrivate(t *testing.T) {
 			t.Error(err)
 		}
 		resp.Body.Close()
-		if status := resp.Header.Get("Cache-Status"); resp.StatusCode != want || want == http.StatusOK && !strings.Contains(status, "hit") {
-			t.Errorf("with %q: %d, want %d: %s", auth, resp.StatusCode, want, status)
+		how := resp.Header.Get("Cache-Status")
+		right := resp.StatusCode == http.StatusUnauthorized
+		switch auth {
+		case "pw":
+			right = resp.StatusCode == http.StatusOK && strings.Contains(how, "hit")
+		case "wrong":
+			right = right || resp.StatusCode == http.StatusBadGateway
+		}
+		if !right {
+			t.Errorf("with %q: %d: %s", auth, resp.StatusCode, how)
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
