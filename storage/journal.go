@@ -92,6 +92,8 @@ type Journal struct {
 	mu   sync.Mutex
 	last int64 // nanoseconds of the latest entry written here; guarded by mu
 	room int   // changes until the entries are counted again; guarded by mu
+
+	memory entryMemory
 }
 
 func newJournal(s *Store) *Journal {
@@ -235,6 +237,9 @@ func (j *Journal) read(ctx context.Context, name string) (Entry, error) {
 }
 
 func (j *Journal) parse(ctx context.Context, name, id string, began time.Time) (Entry, error) {
+	if e, ok := j.memory.get(id); ok {
+		return e, nil
+	}
 	content, err := j.store.medium.readNote(ctx, journalDir+"/"+name)
 	if err != nil {
 		return Entry{}, err
@@ -248,6 +253,7 @@ func (j *Journal) parse(ctx context.Context, name, id string, began time.Time) (
 		}
 		return Entry{}, fs.ErrNotExist
 	}
+	j.memory.put(e)
 	return e, nil
 }
 
@@ -300,6 +306,7 @@ func (j *Journal) names(ctx context.Context) ([]string, error) {
 		}
 		names = append(names, n.name)
 	}
+	j.memory.keep(names)
 	return names, nil
 }
 

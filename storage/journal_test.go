@@ -11,12 +11,15 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/connected-registry/connected-registry/storage/internal/membucket"
 )
 
 func done() error { return nil }
@@ -161,6 +164,40 @@ func TestJournalThatCannotBeWrittenRefuses(t *testing.T) {
 	err := s.Journal().Record(t.Context(), Change{Action: ActionPush, Repository: "a"}, func() error { t.Error("applied"); return nil })
 	if err == nil {
 		t.Error("no error")
+	}
+}
+
+// An entry that waits for long is read once, and forgotten with its note.
+func TestJournalReadsAnEntryOnce(t *testing.T) {
+	var reads atomic.Int64
+	b := &membucket.Bucket{Before: func(_ context.Context, method, key string) error {
+		if method == "Open" && strings.HasPrefix(key, journalDir+"/") {
+			reads.Add(1)
+		}
+		return nil
+	}}
+	replica, leader := openWith(t, Config{Bucket: b}), openWith(t, Config{Bucket: b})
+	record(t, replica, "1")
+	record(t, replica, "2")
+	for range 3 {
+		if got := entries(t, leader, 0); len(got) != 2 || got[0].Tag != "1" || got[1].Tag != "2" {
+			t.Fatalf("entries: %v", got)
+		}
+		if tags, err := leader.Journal().Tags(t.Context()); err != nil || !tags["a/b"]["1"] || !tags["a/b"]["2"] {
+			t.Fatalf("tags: %v, %v", tags, err)
+		}
+	}
+	if n := reads.Load(); n != 2 {
+		t.Errorf("2 entries were read %d times", n)
+	}
+	if err := replica.Journal().Done(t.Context(), entries(t, leader, 1)[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	if got := entries(t, leader, 0); len(got) != 1 || got[0].Tag != "2" {
+		t.Errorf("left: %v", got)
+	}
+	if n := len(leader.Journal().memory.entries); n != 1 {
+		t.Errorf("%d entries are remembered of 1", n)
 	}
 }
 
