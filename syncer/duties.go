@@ -179,8 +179,8 @@ func (d *Duties) Progress(e Event) {
 	}
 }
 
-// Status adds to a status what the duties have to say: Changes, Notifications,
-// Children and StatusDetails.
+// Status adds to a status what the duties have to say: Changes, Notifications and
+// Children. Children stay as they were while it cannot be read who they are.
 func (d *Duties) Status(ctx context.Context, s *v1alpha1.Status) {
 	if d.outbox != nil {
 		o := d.outbox.Status()
@@ -197,6 +197,7 @@ func (d *Duties) Status(ctx context.Context, s *v1alpha1.Status) {
 	children, err := d.store.Children(ctx)
 	if err != nil {
 		d.log.Error("children cannot be listed", "error", err)
+		return
 	}
 	s.Children = nil
 	for _, c := range children {

@@ -267,18 +267,19 @@ func (o *Outbox) problem(name string, err error) {
 }
 
 func (o *Outbox) count(ctx context.Context, entries []storage.Entry) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.status.Waiting, o.status.Oldest = len(entries), time.Time{}
+	waiting, oldest := len(entries), time.Time{}
 	if len(entries) > 0 {
-		o.status.Oldest = entries[0].Time
+		oldest = entries[0].Time
 	}
 	if len(entries) == maxOutbox {
 		if n, _, err := o.config.Store.Journal().Backlog(ctx); err == nil {
-			o.status.Waiting = n
+			waiting = n
 		}
 	}
-	o.metrics.waiting.Set(float64(o.status.Waiting))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.status.Waiting, o.status.Oldest = waiting, oldest
+	o.metrics.waiting.Set(float64(waiting))
 }
 
 // tell tells of the changes that are new.

@@ -81,12 +81,9 @@ func (e *engine) set(j *job, resync string) {
 // status is how far the engine is. The error is why nothing is synchronised though
 // it should be.
 func (e *engine) status(ctx context.Context) (v1alpha1.Status, error) {
+	e.look(ctx)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.duties != nil && time.Since(e.looked) >= progressInterval {
-		e.duties.Status(ctx, &e.before) // reads what is stored
-		e.looked = time.Now()
-	}
 	status := e.before
 	if e.current != nil {
 		status = e.current.Status()
@@ -94,6 +91,27 @@ func (e *engine) status(ctx context.Context) (v1alpha1.Status, error) {
 	}
 	status.LastResync = e.resyncs
 	return status, e.fault
+}
+
+// look asks the duties how they stand, if that was a while ago. They read what is
+// stored for it, while nothing else waits.
+func (e *engine) look(ctx context.Context) {
+	e.mu.Lock()
+	duties, stand := e.duties, e.before
+	due := duties != nil && time.Since(e.looked) >= progressInterval
+	if due {
+		e.looked = time.Now()
+	}
+	e.mu.Unlock()
+	if !due {
+		return
+	}
+	duties.Status(ctx, &stand)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.duties == duties { // else the job has ended, and it is known how
+		e.before.Changes, e.before.Notifications, e.before.Children = stand.Changes, stand.Notifications, stand.Children
+	}
 }
 
 func (e *engine) wanted() *job {
@@ -285,12 +303,17 @@ func (e *engine) end(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, lastLook)
 	defer cancel()
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.current != nil {
-		e.before = e.current.Status()
+	current, duties, last := e.current, e.duties, e.before
+	e.mu.Unlock()
+	if current != nil {
+		children := last.Children
+		last = current.Status()
+		last.Children = children
 	}
-	e.duties.Status(ctx, &e.before)
-	e.current, e.duties = nil, nil
+	duties.Status(ctx, &last)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.before, e.current, e.duties = last, nil, nil
 }
 
 // scope registers metrics for as long as one syncer lives.

@@ -34,9 +34,13 @@ type Notes interface {
 type spool struct {
 	notes Notes
 
+	// adding is held until a message is stored: they come in the order of their
+	// names.
+	adding sync.Mutex
+	last   int64 // nanoseconds of the latest name; guarded by adding
+
 	mu      sync.Mutex
-	waiting map[string]int // by receiver
-	last    int64          // nanoseconds of the latest name
+	waiting map[string]int // by receiver; guarded by mu
 }
 
 const (
@@ -112,14 +116,22 @@ func (s *spool) add(ctx context.Context, receiver string, m message) error {
 	if err != nil {
 		return err
 	}
+	s.adding.Lock()
+	defer s.adding.Unlock()
+	s.last = max(s.last+1, time.Now().UnixNano())
+	s.changed(receiver, +1)
+	err = s.notes.Write(ctx, fmt.Sprintf("%s/%020d-%s%s", receiver, s.last, m.ID, suffix), body)
+	if err != nil {
+		s.changed(receiver, -1)
+	}
+	return err
+}
+
+// changed counts what waits for a receiver.
+func (s *spool) changed(receiver string, by int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = max(s.last+1, time.Now().UnixNano())
-	if err := s.notes.Write(ctx, fmt.Sprintf("%s/%020d-%s%s", receiver, s.last, m.ID, suffix), body); err != nil {
-		return err
-	}
-	s.waiting[receiver]++
-	return nil
+	s.waiting[receiver] += by
 }
 
 // read returns a message. Its error wraps fs.ErrNotExist when it is gone, and
@@ -142,9 +154,7 @@ var errMessage = errors.New("is not an event")
 func (s *spool) remove(ctx context.Context, receiver, name string) error {
 	err := s.notes.Remove(ctx, receiver+"/"+name)
 	if err == nil {
-		s.mu.Lock()
-		s.waiting[receiver]--
-		s.mu.Unlock()
+		s.changed(receiver, -1)
 	}
 	return err
 }
