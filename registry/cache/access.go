@@ -42,7 +42,7 @@ func (rq *request) about(d digest.Digest) *request {
 func (rq *request) question(method string) question {
 	q := question{
 		method: method, path: rq.path(), filter: rq.filter, ns: rq.registry.host, who: rq.reader,
-		small:  method == http.MethodHead || rq.kind == kindManifest,
+		small: method == http.MethodHead || rq.kind == kindManifest, digest: rq.digest,
 		accept: strings.Join(rq.header["Accept"], ", "), auth: rq.auth,
 		via: strings.Join(append(slices.Clip(rq.header["Via"]), "1.1 "+rq.pseudonym), ", "),
 	}
@@ -182,10 +182,9 @@ func (r *recent[K]) has(k K) bool {
 	return time.Now().Before(r.until[k])
 }
 
-// faults remembers what upstreams did wrong with single digests.
+// faults remembers who served wrong bytes.
 type faults struct {
-	wrong recent[served] // served wrong bytes
-	stuck recent[served] // stalled
+	wrong recent[served]
 }
 
 // served is a digest that an upstream served, any if it is empty.
@@ -196,14 +195,10 @@ type served struct {
 
 // avoid returns why up should not be asked for d now, nil if it should.
 func (f *faults) avoid(up *upstream, d digest.Digest) *unavailable {
-	switch {
-	case f.wrong.has(served{up, d}):
+	if f.wrong.has(served{up, d}) {
 		return &unavailable{"bad-content", fmt.Errorf("%s served wrong bytes for this digest", up.name)}
-	case f.stuck.has(served{up, d}):
-		return &unavailable{"stalled", fmt.Errorf("%s stalled on this digest a moment ago", up.name)}
-	default:
-		return nil
 	}
+	return nil
 }
 
 // distrust remembers that up served wrong bytes for d.

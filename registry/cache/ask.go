@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // question is what an upstream is asked.
@@ -28,8 +30,10 @@ type question struct {
 	ns     string                       // the registry that is meant
 	who    factKey                      // whose question it is
 	small  bool                         // the answer costs an upstream little
+	digest digest.Digest                // of what is asked for; "": unknown
 
-	patient bool // nobody waits for the answer
+	patient bool // nobody waits for what the answer brings
+	again   bool // nobody waits for the answer: it is asked for to see if one comes
 }
 
 // answer is a response with status 200 or 206, whose body ends the request.
@@ -37,7 +41,12 @@ type answer struct {
 	*http.Response
 	upstream *upstream
 	cancel   context.CancelCauseFunc
+	deadline time.Time // of the headers
 }
+
+// left is how long the rest may take, so that who waits for it does not wait for
+// much longer than for the headers.
+func (a *answer) left() time.Duration { return time.Until(a.deadline) + stallMargin }
 
 func (a *answer) close() {
 	a.cancel(nil)
@@ -47,7 +56,7 @@ func (a *answer) close() {
 var (
 	errSlowHeaders = errors.New("no answer in time")
 	errStalled     = errors.New("the transfer stalled")
-	errDown        = errors.New("did not answer in time a moment ago")
+	errDown        = errors.New("does not answer in time")
 )
 
 // asker asks the upstreams of registries.
@@ -56,6 +65,8 @@ type asker struct {
 	metrics  *metrics
 	log      *slog.Logger
 	work     *sync.WaitGroup // counts what goes on beside the requests
+	enter    func() bool     // counts in what Run waits for, unless the cache is stopping
+	leave    func()          // counts it out
 }
 
 // ask puts q to the upstreams in order, and returns the first answer that can be
@@ -77,6 +88,7 @@ func (a *asker) ask(ctx context.Context, host string, q question, order []*upstr
 		left := time.Until(deadline)
 		ans, err := a.askTwice(ctx, order[i:], q, left/time.Duration(len(order)-i))
 		if err == nil {
+			ans.deadline = deadline
 			return ans, nil
 		}
 		if ctx.Err() != nil {
@@ -191,13 +203,18 @@ func (h *hedge) first() (*answer, error) {
 	return got.answer, nil
 }
 
-// askOne asks one upstream. Errors: refusal or unavailable.
+// askOne asks one upstream, unless it is silent on what q is about. Errors:
+// refusal or unavailable.
 func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget time.Duration) (*answer, error) {
-	if up.silent.has(q.who) || !up.admit(budget) {
-		return nil, &unavailable{"timeout", fmt.Errorf("%s %w", up.name, errDown)}
-	}
 	client := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
+	done, ok := up.silences.wait(q, cancel)
+	if !ok {
+		cancel(nil)
+		up.silences.want(q, a.repeat(up, q, budget))
+		return nil, &unavailable{"timeout", fmt.Errorf("%s %w", up.name, errDown)}
+	}
+	defer done()
 	var connected atomic.Bool
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
 	began := up.health.begin()
@@ -211,12 +228,11 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 	if err != nil {
 		err := transportError(ctx, up, err)
 		if client.Err() == nil {
-			a.failed(up, q, err, began, connected.Load())
+			a.failed(up, q, err, budget, began, connected.Load())
 		}
 		cancel(nil)
 		return nil, err
 	}
-	up.answered()
 	if err := judge(up, resp, q); err != nil {
 		resp.Body.Close()
 		cancel(nil)
@@ -226,42 +242,22 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 }
 
 // failed takes note of a request that was not answered. Silence is the
-// upstream's fault, and all requests pass it over for a while. But one that
+// upstream's fault, and all requests pass it over from now on. But one that
 // has answered others meanwhile is alive, and so may be one that took a
 // request with credentials, since a wrong password takes long to refuse: then
 // only those who asked pass it over.
-func (a *asker) failed(up *upstream, q question, err *unavailable, began time.Time, connected bool) {
-	retry := a.timeouts.Retry
-	switch {
-	case err.cause != "timeout":
-		up.answered() // as for waiting: it costs no time
-		up.health.failed(time.Now().Add(retry))
-	case up.health.answeredSince(began):
-		up.silent.add(q.who, retry)
-		up.answered()
-	case connected && q.auth != "" && up.down.Load() == 0:
-		up.silent.add(q.who, retry)
-	default:
-		up.down.Store(time.Now().Add(retry).UnixNano())
-		up.health.failed(time.Now().Add(retry))
+func (a *asker) failed(up *upstream, q question, err *unavailable, budget time.Duration, began time.Time, connected bool) {
+	if q.again || errors.Is(err, errDown) {
+		return // it is known
 	}
-}
-
-// admit reports whether the upstream may be asked. One that did not answer is
-// tried again by one request at a time.
-func (up *upstream) admit(budget time.Duration) bool {
-	until := up.down.Load()
-	if until == 0 {
-		return true
+	m := matter{}
+	if up.health.answeredSince(began) || connected && q.auth != "" {
+		m.who = q.who
+	} else {
+		up.health.failed(time.Now().Add(a.timeouts.Retry))
 	}
-	now := time.Now()
-	return now.UnixNano() >= until && up.down.CompareAndSwap(until, now.Add(budget).UnixNano())
-}
-
-// answered lets the upstream be asked by all again.
-func (up *upstream) answered() {
-	if up.down.Load() != 0 {
-		up.down.Store(0)
+	if err.cause == "timeout" { // another failure costs no time
+		a.fellSilent(up, m, a.repeat(up, q, budget))
 	}
 }
 

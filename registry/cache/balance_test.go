@@ -156,7 +156,7 @@ func TestSlowPassword(t *testing.T) {
 			return false
 		})
 		n := net.run(t, "up:80")
-		for i, wait := range []time.Duration{2 * time.Second, 0} {
+		for i, wait := range []time.Duration{1800 * time.Millisecond, 0} {
 			r := n.get(blobURL("app", d), "Authorization", "Basic wrong")
 			if r.status != http.StatusBadGateway || r.took != wait {
 				t.Errorf("attempt %d: %d after %s, want 502 after %s", i, r.status, r.took, wait)

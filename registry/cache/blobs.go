@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"time"
 )
 
 // errAgain asks serveBlob to look again: what was found has changed meanwhile.
@@ -111,7 +110,7 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 		}
 	}
 	defer f.leave(c.cfg.Timeouts.Unread)
-	began, how := time.Now(), missStored
+	how := missStored
 	size, err := f.awaitSize(ctx)
 	if err != nil {
 		return c.fillFailed(w, r, rq, err, started)
@@ -131,8 +130,8 @@ func (c *Cache) serveFill(w http.ResponseWriter, r *http.Request, rq *request) e
 		return outOfRange(w, size)
 	}
 	// Once headers are out, a download that brings nothing would have containerd
-	// come back here until it gives up: so wait until a stall would have shown.
-	patience := max(c.cfg.Timeouts.Headers-time.Since(began), c.cfg.Timeouts.Stall+stallMargin)
+	// come back here once more: so wait until that would have shown.
+	patience := f.patience + stallMargin
 	if err := f.awaitStart(ctx, s.start, patience); err != nil {
 		return c.fillFailed(w, r, rq, err, started)
 	}
@@ -177,6 +176,8 @@ func (c *Cache) fillFailed(w http.ResponseWriter, r *http.Request, rq *request, 
 		return c.passThrough(w, r, rq, why)
 	case errors.Is(err, errBadContent):
 		return errAgain // the next attempt leaves out who served it
+	case errors.Is(err, errStuck):
+		return rq.offline(&unavailable{"stalled", err})
 	case own:
 		rq.learn(err)
 		return rq.offline(err)

@@ -76,7 +76,7 @@ func New(cfg Config) (*Cache, error) {
 	if c.metrics, err = newMetrics(cfg.Metrics, c.usage); err != nil {
 		return nil, err
 	}
-	c.asker = asker{timeouts: cfg.Timeouts, metrics: c.metrics, log: c.log, work: &c.work}
+	c.asker = asker{timeouts: cfg.Timeouts, metrics: c.metrics, log: c.log, work: &c.work, enter: c.enter, leave: c.requests.Done}
 	if cfg.Peer != nil {
 		c.peers = &peers{cfg: *cfg.Peer, id: newIdentity(*cfg.Peer, c.log), ask: c.asker}
 		c.peers.ask.timeouts.Retry = peerRetry

@@ -126,7 +126,9 @@ type Timeouts struct {
 
 	// Headers bounds a request until the headers of the answer that is used,
 	// over all upstreams together, and so the wait that the cache can add
-	// to a pull. 0: 2 seconds.
+	// to a pull: with what else takes time, no more than 2 seconds. Whatever
+	// let somebody wait for so long is not waited for again until it answers.
+	// 0: 1.8 seconds.
 	Headers time.Duration
 
 	// Tag bounds the same for a tag whose last known manifest could be served
@@ -145,8 +147,8 @@ type Timeouts struct {
 	// 0: 5 minutes.
 	Unread time.Duration
 
-	// Retry is for how long an upstream that did not answer in time is not
-	// asked again. 0: 5 seconds.
+	// Retry is for how long an upstream that failed is asked after others of the
+	// same content, and containerd not at all. 0: 5 seconds.
 	Retry time.Duration
 
 	// Peer bounds the wait for another node to say whether it has a blob, and
@@ -173,7 +175,7 @@ func (cfg Config) withDefaults() Config {
 	def(&cfg.OfflineTTL, 30*24*time.Hour)
 	t := &cfg.Timeouts
 	def(&t.Dial, time.Second)
-	def(&t.Headers, 2*time.Second)
+	def(&t.Headers, 1800*time.Millisecond)
 	def(&t.Tag, time.Second)
 	def(&t.Stall, 1500*time.Millisecond)
 	def(&t.Unread, 5*time.Minute)

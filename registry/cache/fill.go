@@ -17,8 +17,9 @@ import (
 // It runs on its own: readers come and go, and read the file behind it at their
 // own pace. What may be read of it is decided by limit.
 type fill struct {
-	digest digest.Digest
-	cancel context.CancelCauseFunc
+	digest   digest.Digest
+	cancel   context.CancelCauseFunc
+	patience time.Duration // with a download that brings nothing
 
 	mu       sync.Mutex // guards everything below
 	changed  chan struct{}
@@ -26,7 +27,9 @@ type fill struct {
 	known    bool   // size is
 	size     int64
 	written  int64
-	distrust bool // an upstream in use was wrong lately: nothing is read before it is verified
+	moved    time.Time // when bytes last came as fast as they should, or it began
+	resting  bool      // within its own limit
+	distrust bool      // an upstream in use was wrong lately: nothing is read before it is verified
 	state    fillState
 	err      error // of a failed fill
 	readers  int
@@ -46,14 +49,16 @@ const (
 var (
 	// errBadContent reports that an upstream's bytes did not match the digest.
 	errBadContent = errors.New("the upstream's content does not match the digest")
+	// errStuck sends the readers away from a download that brings nothing.
+	errStuck = errors.New("the download brings nothing")
 	// errUnread ends a download that nobody has read for long.
 	errUnread = errors.New("nobody reads it any more")
 	// errShutdown ends downloads when the cache stops.
 	errShutdown = errors.New("the cache is stopping")
 )
 
-func newFill(d digest.Digest, path string, cancel context.CancelCauseFunc) *fill {
-	return &fill{digest: d, path: path, cancel: cancel, changed: make(chan struct{})}
+func newFill(d digest.Digest, path string, patience time.Duration, cancel context.CancelCauseFunc) *fill {
+	return &fill{digest: d, path: path, patience: patience, cancel: cancel, moved: time.Now(), changed: make(chan struct{})}
 }
 
 // update changes the fill under its lock and wakes everyone who waits for it.
@@ -69,18 +74,31 @@ func (f *fill) fail(err error) {
 	f.update(func() { f.state, f.err = failed, err })
 }
 
-// await blocks until ready returns true, which is called with the lock held.
+// await blocks until ready returns true, which is called with the lock held. It
+// returns errStuck when the download has brought nothing for as long as its
+// readers have patience: those who come again then do not wait anew.
 func (f *fill) await(ctx context.Context, ready func() bool) error {
 	for {
 		f.mu.Lock()
-		ok, changed := ready(), f.changed
-		f.mu.Unlock()
-		if ok {
-			return nil
+		ok, changed, left := ready(), f.changed, time.Until(f.moved.Add(f.patience))
+		if f.resting {
+			left = f.patience
 		}
+		f.mu.Unlock()
+		switch {
+		case ok:
+			return nil
+		case left <= 0:
+			return errStuck
+		}
+		timer := time.NewTimer(left)
 		select {
 		case <-changed:
+		case <-timer.C:
 		case <-ctx.Done():
+		}
+		timer.Stop()
+		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 	}
@@ -97,17 +115,22 @@ func (f *fill) awaitSize(ctx context.Context) (int64, error) {
 	return f.size, err
 }
 
-// awaitEnd blocks until the blob is in the store, or will not be.
+// awaitEnd blocks until the blob is in the store, or will not be, however long
+// that takes.
 func (f *fill) awaitEnd(ctx context.Context) error {
-	var failure error
-	err := f.await(ctx, func() bool {
-		failure = f.err
-		return f.state == finished || f.state == failed
-	})
-	if err == nil {
-		err = failure
+	for {
+		f.mu.Lock()
+		ended, err, changed := f.state == finished || f.state == failed, f.err, f.changed
+		f.mu.Unlock()
+		if ended {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
-	return err
 }
 
 // awaitStart blocks until there is something to read at pos, or nothing at all
@@ -255,7 +278,7 @@ func (c *Cache) startFill(rq *request) (f *fill, started bool, err error) {
 		return nil, false, errAgain
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
-	f = newFill(d, rq.disk.store.partialPath(d), cancel)
+	f = newFill(d, rq.disk.store.partialPath(d), c.cfg.Timeouts.Headers+stallMargin, cancel)
 	f.join(rq.patient())
 	c.fills[d] = f
 	c.work.Go(func() {
@@ -357,14 +380,14 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, 
 				return &storeError{err}
 			}
 			hurried := false
-			f.update(func() { f.written, hurried = p.offset, f.readers > f.patient })
+			f.update(func() { f.written, f.moved, hurried = p.offset, later(f.moved, src.moved), f.readers > f.patient })
 			switch {
 			case limit == nil:
 			case hurried:
 				src.leavePatient()
 			default:
-				if err := limit.WaitN(ctx, n); err != nil {
-					return context.Cause(ctx)
+				if err := f.rest(ctx, limit, n); err != nil {
+					return err
 				}
 			}
 		}
@@ -376,6 +399,23 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, 
 		return errBadContent
 	}
 	return nil
+}
+
+// rest waits until n bytes more are within the limit.
+func (f *fill) rest(ctx context.Context, limit *rate.Limiter, n int) error {
+	f.update(func() { f.resting = true })
+	defer f.update(func() { f.resting, f.moved = false, time.Now() })
+	if err := limit.WaitN(ctx, n); err != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 // stepWithin is how many bytes to go on by, so that the limit holds nobody up for

@@ -28,6 +28,19 @@ const (
 	// stallMargin is how long after a stall its consequences are waited for.
 	stallMargin = 100 * time.Millisecond
 
+	// firstAgain is when an upstream that let somebody wait in vain is first
+	// asked again, mostAgain the longest time between two such attempts, and
+	// silenceMemory for how long they go on when nobody wants the answer. One that
+	// falls silent again within that time of its answer is left alone relapse
+	// times longer than before.
+	firstAgain    = time.Second
+	mostAgain     = 4 * time.Second
+	silenceMemory = time.Minute
+	relapse       = 8
+
+	// maxSilences bounds on how many matters an upstream may be silent.
+	maxSilences = 64
+
 	// maxBreaks is how often the download of a blob may break off and still go
 	// on with the next upstream.
 	maxBreaks = 16

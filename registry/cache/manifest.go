@@ -182,7 +182,7 @@ func (c *Cache) fetchManifestOnce(ctx context.Context, rq *request, budget time.
 func (c *Cache) readManifest(rq *request, ans *answer) (*manifest, error) {
 	defer ans.close()
 	host := ans.upstream.name
-	body, err := io.ReadAll(io.LimitReader(c.asker.watch(ans), maxManifest+1))
+	body, err := io.ReadAll(io.LimitReader(c.asker.watch(ans, ans.left()), maxManifest+1))
 	if err != nil {
 		return nil, &unavailable{"broken", fmt.Errorf("%s: reading a manifest: %w", host, err)}
 	}
@@ -299,7 +299,7 @@ func (c *Cache) manifestNow(ctx context.Context, rq *request, budget time.Durati
 	if m, err := c.manifestHere(ctx, rq.disk, rq.digest); err == nil {
 		return m, hitChecked, nil
 	}
-	m, err := c.fetchManifest(ctx, rq, max(budget, c.cfg.Timeouts.Headers/4))
+	m, err := c.fetchManifest(ctx, rq, max(budget, stallMargin))
 	return m, missStored, err
 }
 

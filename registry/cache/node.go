@@ -36,13 +36,12 @@ func NodeRegistries(c *v1alpha1.NodeConfiguration, caFile string) map[string]Reg
 	return all
 }
 
-// Doubts reports whether an upstream has not answered in time, and has given no
-// answer since.
+// Doubts reports whether an upstream is passed over because it does not answer.
 func (c *Cache) Doubts() bool {
 	for _, reg := range *c.registries.Load() {
 		for _, group := range reg.upstreams {
 			for _, up := range group {
-				if up.down.Load() != 0 {
+				if up.silences.total() {
 					return true
 				}
 			}

@@ -39,7 +39,7 @@ func (c *Cache) passThrough(w http.ResponseWriter, r *http.Request, rq *request,
 	if !ranged {
 		out.digest, out.hash = rq.digest, rq.digest.Algorithm().Hash()
 	}
-	err = out.copy(c.asker.watch(ans), s.len())
+	err = out.copy(c.asker.watch(ans, ans.left()), s.len())
 	c.metrics.sent(how, out.sent)
 	if errors.Is(err, errBadContent) {
 		c.metrics.corrupt.WithLabelValues("upstream").Inc()
@@ -113,7 +113,7 @@ func (c *Cache) serveReferrers(w http.ResponseWriter, r *http.Request, rq *reque
 		return err
 	}
 	defer ans.close()
-	list, err := io.ReadAll(io.LimitReader(c.asker.watch(ans), maxManifest+1))
+	list, err := io.ReadAll(io.LimitReader(c.asker.watch(ans, ans.left()), maxManifest+1))
 	if err != nil || len(list) > maxManifest {
 		return &unavailable{"broken", fmt.Errorf("%s: the list of referrers broke off or is too large", ans.upstream.name)}
 	}

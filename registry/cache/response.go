@@ -70,7 +70,7 @@ func transportError(ctx context.Context, up *upstream, err error) *unavailable {
 	var record tls.RecordHeaderError
 	var alert tls.AlertError
 	switch {
-	case errors.Is(err, errSlowHeaders), errors.As(err, &timeout) && timeout.Timeout():
+	case errors.Is(err, errSlowHeaders), errors.Is(err, errDown), errors.As(err, &timeout) && timeout.Timeout():
 		cause = "timeout"
 	case errors.As(err, &cert), errors.As(err, &record), errors.As(err, &alert), errors.Is(err, errAuthorities):
 		cause = "tls"
@@ -94,8 +94,13 @@ type body struct {
 	count  func(n int)
 }
 
-func (a *asker) watch(ans *answer) *body {
-	b := &body{answer: ans, stall: a.timeouts.Stall, quota: int64(a.timeouts.Stall.Seconds() * float64(a.timeouts.MinRate))}
+// watch watches the body of ans, of which the first stretch may take as long as
+// patience, at most Stall.
+func (a *asker) watch(ans *answer, patience time.Duration) *body {
+	quota := func(d time.Duration) int64 { return int64(d.Seconds() * float64(a.timeouts.MinRate)) }
+	stall := a.timeouts.Stall
+	patience = min(max(patience, stallMargin), stall)
+	b := &body{answer: ans, stall: stall, quota: quota(stall), waited: stall - patience, got: quota(stall - patience)}
 	b.timer = time.AfterFunc(time.Hour, func() { ans.cancel(errStalled) })
 	b.timer.Stop()
 	received := a.metrics.fetched

@@ -22,6 +22,8 @@ type source struct {
 	offset   int64 // of the next byte read
 	body     *body // nil: to be asked for
 	used     []*upstream
+	moved    time.Time // when bytes last came as fast as they should
+	got      int64     // since then, in bytes
 	breaks   int
 	failures int  // without a byte in between
 	stalled  bool // the last failure was a stall
@@ -96,7 +98,7 @@ func (s *source) take(ans *answer) error {
 	case size < s.offset:
 		return &unavailable{"range", fmt.Errorf("%s has less content than is here: %w", host, errRange)}
 	}
-	body := s.cache.asker.watch(ans)
+	body := s.cache.asker.watch(ans, s.cache.cfg.Timeouts.Stall)
 	if _, err := io.CopyN(io.Discard, body, s.offset-start); err != nil {
 		return &unavailable{"broken", fmt.Errorf("%s: %w", host, err)}
 	}
@@ -135,6 +137,7 @@ func (s *source) read(ctx context.Context, p []byte) (int, error) {
 		s.offset += int64(n)
 		if n > 0 {
 			s.failures, s.stalled = 0, false
+			s.advance(int64(n))
 		}
 		if err == nil || s.offset == s.size {
 			return n, nil
@@ -145,6 +148,13 @@ func (s *source) read(ctx context.Context, p []byte) (int, error) {
 		if n > 0 {
 			return n, nil
 		}
+	}
+}
+
+// advance takes note of n bytes more.
+func (s *source) advance(n int64) {
+	if s.got += n; s.got >= s.body.quota {
+		s.moved, s.got = time.Now(), 0
 	}
 }
 
@@ -161,7 +171,7 @@ func (s *source) broke(ctx context.Context, err error) error {
 	cause, stalled := "broken", errors.Is(err, errStalled)
 	if stalled {
 		cause = "stalled"
-		s.cache.faults.stuck.add(served{up, s.rq.digest}, s.cache.cfg.Timeouts.Retry)
+		s.stuck(up)
 	}
 	s.cache.metrics.failures.WithLabelValues(s.rq.registry.host, cause).Inc()
 	up.health.failed(time.Now().Add(s.cache.cfg.Timeouts.Retry))
@@ -176,6 +186,17 @@ func (s *source) broke(ctx context.Context, err error) error {
 	}
 	s.stalled = stalled
 	return nil
+}
+
+// stuck takes note of an upstream that has stalled. Who asks it for other content
+// will tell whether it is so with that as well: nobody need wait to find out.
+func (s *source) stuck(up *upstream) {
+	a := s.cache.asker
+	q := s.rq.question(http.MethodGet)
+	q.from = s.offset
+	again := a.repeat(up, q, a.timeouts.Headers)
+	a.fellSilent(up, matter{digest: q.digest}, again)
+	a.fellSilent(up, matter{}, again)
 }
 
 // rewind makes the next read begin at offset.

@@ -257,7 +257,7 @@ func (c *Cache) forwardToken(ctx context.Context, reg *registry, q *tokenRequest
 		var next <-chan time.Time
 		if asked < len(order) {
 			up := order[asked]
-			c.asker.work.Go(func() { answers <- c.askToken(ctx, up, service.realm, q) })
+			c.asker.work.Go(func() { answers <- c.askToken(ctx, up, service.realm, q, false) })
 			asked++
 			next = time.After(pace)
 		}
@@ -274,13 +274,28 @@ func (c *Cache) forwardToken(ctx context.Context, reg *registry, q *tokenRequest
 	return 0, nil, last
 }
 
-// askToken asks one server.
-func (c *Cache) askToken(ctx context.Context, up *upstream, realm *url.URL, q *tokenRequest) tokenAnswer {
+// askToken asks one server, unless it is silent. One that does not answer in
+// time is alive, perhaps: wrong passwords take long to refuse.
+func (c *Cache) askToken(ctx context.Context, up *upstream, realm *url.URL, q *tokenRequest, again bool) tokenAnswer {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done, ok := up.silences.wait(question{who: q.credential, again: again}, cancel)
+	if !ok {
+		up.silences.want(question{who: q.credential}, nil)
+		return tokenAnswer{err: &unavailable{"timeout", fmt.Errorf("%s %w", up.name, errDown)}}
+	}
+	defer done()
 	resp, err := up.transport.RoundTrip(q.to(ctx, realm)) // credentials are not redirected
 	if err != nil {
 		down := transportError(ctx, up, err)
-		if !errors.Is(ctx.Err(), context.Canceled) {
-			up.health.failed(time.Now().Add(c.cfg.Timeouts.Retry))
+		if again || errors.Is(down, context.Canceled) || errors.Is(down, errDown) {
+			return tokenAnswer{err: down}
+		}
+		up.health.failed(time.Now().Add(c.cfg.Timeouts.Retry))
+		if down.cause == "timeout" {
+			c.asker.fellSilent(up, matter{who: q.credential}, func(ctx context.Context) bool {
+				return !timedOut(c.askToken(ctx, up, realm, q, true).err)
+			})
 		}
 		return tokenAnswer{err: down}
 	}

@@ -49,13 +49,7 @@ type upstream struct {
 	transport *http.Transport
 	client    *http.Client
 	health    health
-
-	// silent are credentials whose requests it did not answer in time.
-	silent recent[factKey]
-
-	// down is the time, in Unix nanoseconds, until which it is not asked
-	// because it did not answer in time; 0 when it does.
-	down atomic.Int64
+	silences  silences
 }
 
 func newRegistry(host string, cfg Registry, t Timeouts, log *slog.Logger) (*registry, error) {
