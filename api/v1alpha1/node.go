@@ -2,6 +2,7 @@ package v1alpha1
 
 import (
 	"slices"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -77,8 +78,11 @@ type Peer struct {
 type NodePrefetch struct {
 	// Images are references with the registry. Required.
 	Images []string `json:"images"`
-	// Nodes are the names of the nodes, sorted. Empty: every node.
+	// Nodes are the names of the nodes, sorted. Empty: every node but Except.
 	Nodes []string `json:"nodes,omitempty"`
+	// Except are the names of the nodes that are left out, sorted. Empty with
+	// Nodes.
+	Except []string `json:"except,omitempty"`
 }
 
 // AnnotationPeerAddress is on the Lease of a node's agent while other nodes may
@@ -98,7 +102,7 @@ const AnnotationPrefetch = Group + "/prefetch-images"
 func (c *NodeConfiguration) PrefetchFor(node string) []string {
 	var images []string
 	for _, p := range c.Prefetch {
-		if len(p.Nodes) > 0 && !slices.Contains(p.Nodes, node) {
+		if len(p.Nodes) > 0 && !slices.Contains(p.Nodes, node) || slices.Contains(p.Except, node) {
 			continue
 		}
 		for _, image := range p.Images {
@@ -150,8 +154,12 @@ func (c *NodeConfiguration) Validate() field.ErrorList {
 		errs = append(errs, validHost(p.Child("address"), peer.Address)...)
 	}
 	for i, f := range c.Prefetch {
-		if p := field.NewPath("prefetch").Index(i); len(f.Images) == 0 {
+		p := field.NewPath("prefetch").Index(i)
+		if len(f.Images) == 0 {
 			errs = append(errs, required(p.Child("images"), "name the images to bring"))
+		}
+		if len(f.Nodes) > 0 && len(f.Except) > 0 {
+			errs = append(errs, invalid(p.Child("except"), strings.Join(f.Except, ","), "is given besides nodes: say which nodes there are, or which there are not"))
 		}
 	}
 	return append(errs, oneOf(field.NewPath("logLevel"), c.LogLevel,

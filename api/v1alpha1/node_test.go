@@ -27,6 +27,7 @@ peers: [{node: edge-1, address: "192.0.2.1:5051"}]
 prefetch:
 - images: [docker.io/library/nginx:1, docker.io/library/redis:7]
 - {images: [docker.io/team/app:1, docker.io/library/nginx:1], nodes: [edge-1, edge-2]}
+- {images: [docker.io/team/other:1], except: [edge-2]}
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -50,6 +51,7 @@ prefetch:
 		Prefetch: []NodePrefetch{
 			{Images: []string{"docker.io/library/nginx:1", "docker.io/library/redis:7"}},
 			{Images: []string{"docker.io/team/app:1", "docker.io/library/nginx:1"}, Nodes: []string{"edge-1", "edge-2"}},
+			{Images: []string{"docker.io/team/other:1"}, Except: []string{"edge-2"}},
 		},
 		LogLevel: LogLevelInformation,
 	}
@@ -58,7 +60,7 @@ prefetch:
 	}
 	for node, images := range map[string][]string{
 		"edge-2": {"docker.io/library/nginx:1", "docker.io/library/redis:7", "docker.io/team/app:1"},
-		"edge-3": {"docker.io/library/nginx:1", "docker.io/library/redis:7"},
+		"edge-3": {"docker.io/library/nginx:1", "docker.io/library/redis:7", "docker.io/team/other:1"},
 	} {
 		if diff := cmp.Diff(images, got.PrefetchFor(node)); diff != "" {
 			t.Errorf("%s: -want +got:\n%s", node, diff)
@@ -76,7 +78,8 @@ func TestLoadNodeConfigurationProblems(t *testing.T) {
 		"host": {head + "registry: a\nnames: [../etc]\n", "f:4: names[0]: is more than a host: leave out the scheme, the path and credentials"},
 		"peer": {head + "registry: a\nnames: [a]\npeers: [{node: A_, address: 'b:70000'}]\n", "f:5: peers[0].node: \"A_\" is not the name of a node\n" +
 			"f:5: peers[0].address: \"b:70000\" is not a host with or without a port: use for example \"registry.example.com:5000\""},
-		"prefetch": {head + "registry: a\nnames: [a]\nprefetch: [{images: []}]\n", "f:5: prefetch[0].images: is required: name the images to bring"},
+		"nodes and others": {head + "registry: a\nnames: [a]\nprefetch: [{images: [a/b], nodes: [c], except: [d]}]\n", "f:5: prefetch[0].except: \"d\" is given besides nodes: say which nodes there are, or which there are not"},
+		"prefetch":         {head + "registry: a\nnames: [a]\nprefetch: [{images: []}]\n", "f:5: prefetch[0].images: is required: name the images to bring"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := LoadNodeConfiguration("f", []byte(test.doc))

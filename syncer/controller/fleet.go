@@ -10,6 +10,7 @@ import (
 	"time"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -31,6 +32,8 @@ const (
 	leaseGrace = time.Hour
 	// maxLeasesRemoved bounds what is removed at a time.
 	maxLeasesRemoved = 100
+	// nodesPage is how many whole Nodes are read at a time, of some 10 KiB each.
+	nodesPage = 500
 )
 
 var nodes = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
@@ -41,11 +44,13 @@ type fleet struct {
 	at        time.Time         // when they were looked at; zero: never
 	nodes     map[string]member // by name
 	workloads []workload        // the oldest first
+	unlisted  error             // why these are not up to date; nil if they are
 }
 
 type member struct {
 	labels labels.Set
-	peer   string // where others reach its cache, IP:port; empty: they do not
+	taints []corev1.Taint // see lastingTaints; only known while there are workloads
+	peer   string         // where others reach its cache, IP:port; empty: they do not
 }
 
 // names returns the nodes with the labels given, sorted.
@@ -84,17 +89,24 @@ func needsFleet(spec *v1alpha1.Spec) bool {
 }
 
 // lookAround brings l.fleet up to date if it is older than every, and removes
-// Leases that nobody renews any more. On error what was known stays.
+// Leases that nobody renews any more. On error what was known stays. If the
+// syncer has no right to list workloads, what was known of them does.
 func (l *loop) lookAround(ctx context.Context, spec *v1alpha1.Spec, every time.Duration) error {
 	now := time.Now()
 	if !l.fleet.at.IsZero() && now.Before(l.fleet.at.Add(every)) {
 		return nil
 	}
-	// Answers from the API server's cache will do.
-	found, err := withRequestTime(ctx, func(ctx context.Context) (*metav1.PartialObjectMetadataList, error) {
-		return l.config.Metadata.Resource(nodes).List(ctx, metav1.ListOptions{ResourceVersion: "0"})
-	})
-	if err != nil {
+	f := fleet{at: now}
+	var err error
+	if spec.NodeCache.PrefetchWorkloads {
+		f.workloads, err = l.listWorkloads(ctx)
+		if apierrors.IsForbidden(err) {
+			f.workloads, f.unlisted = l.fleet.workloads, err
+		} else if err != nil {
+			return err
+		}
+	}
+	if f.nodes, err = l.listNodes(ctx, len(f.workloads) > 0); err != nil {
 		return fmt.Errorf("listing nodes: %w", err)
 	}
 	leases, err := withRequestTime(ctx, func(ctx context.Context) (*coordinationv1.LeaseList, error) {
@@ -105,25 +117,50 @@ func (l *loop) lookAround(ctx context.Context, spec *v1alpha1.Spec, every time.D
 	if err != nil {
 		return fmt.Errorf("listing the agents' Leases: %w", err)
 	}
-	var workloads []workload
-	if spec.NodeCache.PrefetchWorkloads {
-		if workloads, err = l.listWorkloads(ctx); err != nil {
-			return err
-		}
-	}
-	all, stale := joinFleet(found.Items, leases.Items, now)
-	chooseNodes(workloads, all)
-	l.fleet = fleet{at: now, nodes: all, workloads: workloads}
+	stale := joinFleet(f.nodes, leases.Items, now)
+	chooseNodes(f.workloads, f.nodes)
+	l.fleet = f
 	return l.removeLeases(ctx, stale)
 }
 
-// joinFleet puts nodes and the Leases of their agents together. stale are the
-// Leases of nodes that are gone for long.
-func joinFleet(nodes []metav1.PartialObjectMetadata, leases []coordinationv1.Lease, now time.Time) (all map[string]member, stale []coordinationv1.Lease) {
-	all = make(map[string]member, len(nodes))
-	for _, n := range nodes {
-		all[n.Name] = member{labels: n.Labels}
+// listNodes returns the nodes by name. Their taints can only be had with all
+// else that there is to know of them, so they are read if somebody needs them.
+func (l *loop) listNodes(ctx context.Context, taints bool) (map[string]member, error) {
+	all := make(map[string]member)
+	if !taints {
+		// Answers from the API server's cache will do.
+		found, err := withRequestTime(ctx, func(ctx context.Context) (*metav1.PartialObjectMetadataList, error) {
+			return l.config.Metadata.Resource(nodes).List(ctx, metav1.ListOptions{ResourceVersion: "0"})
+		})
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range found.Items {
+			all[n.Name] = member{labels: n.Labels}
+		}
+		return all, nil
 	}
+	page := metav1.ListOptions{Limit: nodesPage} // that cache knows of no pages
+	for {
+		found, err := withRequestTime(ctx, func(ctx context.Context) (*corev1.NodeList, error) {
+			return l.config.Client.CoreV1().Nodes().List(ctx, page)
+		})
+		if err != nil {
+			return nil, err
+		}
+		for i := range found.Items {
+			n := &found.Items[i]
+			all[n.Name] = member{labels: n.Labels, taints: lastingTaints(n)}
+		}
+		if page.Continue = found.Continue; page.Continue == "" {
+			return all, nil
+		}
+	}
+}
+
+// joinFleet tells the nodes where their peers are, by the Leases of agents. stale
+// are those of nodes that are gone for long.
+func joinFleet(all map[string]member, leases []coordinationv1.Lease, now time.Time) (stale []coordinationv1.Lease) {
 	for _, lease := range leases {
 		name, ok := strings.CutPrefix(lease.Name, agentLeasePrefix)
 		if !ok {
@@ -132,14 +169,14 @@ func joinFleet(nodes []metav1.PartialObjectMetadata, leases []coordinationv1.Lea
 		m, ok := all[name]
 		switch {
 		// No nodes at all: the answer is no good, since we run on one.
-		case !ok && len(nodes) > 0 && now.Sub(renewed(lease)) > leaseGrace:
+		case !ok && len(all) > 0 && now.Sub(renewed(lease)) > leaseGrace:
 			stale = append(stale, lease)
 		case ok && lives(lease, now):
 			m.peer = peerAddress(lease.Annotations[v1alpha1.AnnotationPeerAddress])
 			all[name] = m
 		}
 	}
-	return all, stale
+	return stale
 }
 
 func renewed(lease coordinationv1.Lease) time.Time {

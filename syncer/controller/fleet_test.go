@@ -44,7 +44,7 @@ func nodeObject(name string, labels map[string]string) *metav1.PartialObjectMeta
 
 func TestJoinFleet(t *testing.T) {
 	now := time.Date(2026, 11, 21, 0, 0, 0, 0, time.UTC)
-	here := []metav1.PartialObjectMetadata{*nodeObject("a", map[string]string{"zone": "1"}), *nodeObject("b", nil), *nodeObject("c", nil)}
+	all := map[string]member{"a": {labels: labels.Set{"zone": "1"}}, "b": {}, "c": {}}
 	leases := []coordinationv1.Lease{
 		*agentLease("a", "192.0.2.1:5051", now.Add(-time.Minute)),
 		*agentLease("b", "192.0.2.2:5051", now.Add(-11*time.Minute)),
@@ -57,7 +57,7 @@ func TestJoinFleet(t *testing.T) {
 	foreign := agentLease("x", "", now.Add(-time.Hour*99))
 	foreign.Name = "somebody-elses"
 	leases = append(leases, *never, *foreign)
-	all, stale := joinFleet(here, leases, now)
+	stale := joinFleet(all, leases, now)
 	f := fleet{nodes: all}
 	if diff := cmp.Diff([]v1alpha1.Peer{{Node: "a", Address: "192.0.2.1:5051"}}, f.peers()); diff != "" {
 		t.Errorf("peers (-want +got):\n%s", diff)
@@ -69,7 +69,7 @@ func TestJoinFleet(t *testing.T) {
 	if diff := cmp.Diff([]string{agentLeasePrefix + "gone", agentLeasePrefix + "never-renewed"}, names); diff != "" {
 		t.Errorf("stale (-want +got):\n%s", diff)
 	}
-	if _, stale := joinFleet(nil, leases, now); len(stale) > 0 {
+	if stale := joinFleet(nil, leases, now); len(stale) > 0 {
 		t.Errorf("an answer without any node makes %d Leases go", len(stale))
 	}
 }

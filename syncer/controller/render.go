@@ -202,8 +202,8 @@ func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f 
 	for i := range c.Mirrors {
 		c.Mirrors[i].Prefetch = nil
 	}
-	var crowded error
-	c.Prefetch, crowded = planPrefetch(c, spec, f)
+	var incomplete error
+	c.Prefetch, incomplete = planPrefetch(c, spec, f)
 	if spec.NodeCache.Peers {
 		c.Peers = f.peers()
 	}
@@ -219,5 +219,5 @@ func nodeConfiguration(spec *v1alpha1.Spec, s service, source *syncer.Source, f 
 	if errs := c.Validate(); len(errs) > 0 {
 		return nil, fmt.Errorf("rendering what nodes are told: %w", errs.ToAggregate())
 	}
-	return c, crowded
+	return c, incomplete
 }

@@ -3,7 +3,7 @@ package controller
 import (
 	"cmp"
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -15,7 +15,6 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 )
@@ -28,12 +27,13 @@ const (
 	maxPrefetchText = 512 << 10
 )
 
-// workloadKinds are the kinds that are asked about, and where the pods are in
-// them.
-var workloadKinds = []struct {
+type workloadKind struct {
 	resource schema.GroupVersionResource
-	pod      []string
-}{
+	pod      []string // where the pods are
+}
+
+// workloadKinds are the kinds that are asked about.
+var workloadKinds = []workloadKind{
 	{schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "deployments"}, []string{"spec", "template", "spec"}},
 	{schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "statefulsets"}, []string{"spec", "template", "spec"}},
 	{schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "daemonsets"}, []string{"spec", "template", "spec"}},
@@ -47,18 +47,11 @@ type workload struct {
 	name   string // kind, namespace and name
 	images []image
 	where  placement
-	nodes  []string // that its pods may run on, sorted; nil with where.everywhere
+	on     choice // the nodes that where comes to
 }
 
 // image is an image as the cache knows it, and its registry.
 type image struct{ name, host string }
-
-// placement says which nodes pods may run on.
-type placement struct {
-	everywhere bool
-	key        string // the same for the same choice
-	affinity   nodeaffinity.RequiredNodeAffinity
-}
 
 // listWorkloads asks for those that bear the label, the oldest first. The API
 // server leaves out all others.
@@ -71,13 +64,13 @@ func (l *loop) listWorkloads(ctx context.Context) ([]workload, error) {
 			})
 		})
 		if apierrors.IsForbidden(err) {
-			return nil, fmt.Errorf("listing the %s whose images are to be prefetched: %w: let the syncer list them, as the chart does with nodeCache.prefetchWorkloads", kind.resource.Resource, err)
+			return nil, fmt.Errorf("listing the %s whose images are to be prefetched: %w: let the syncer list them, with the chart's value nodeCache.prefetchWorkloads or kubectl apply -f manifests/prefetch-workloads.yaml", kind.resource.Resource, err)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("listing the %s whose images are to be prefetched: %w", kind.resource.Resource, err)
 		}
 		for _, object := range found.Items {
-			w, err := workloadOf(object, kind.pod)
+			w, err := workloadOf(object, kind)
 			if err != nil {
 				return nil, fmt.Errorf("reading %s %s/%s: %w", kind.resource.Resource, object.GetNamespace(), object.GetName(), err)
 			}
@@ -91,8 +84,8 @@ func (l *loop) listWorkloads(ctx context.Context) ([]workload, error) {
 	return all, nil
 }
 
-func workloadOf(object unstructured.Unstructured, path []string) (workload, error) {
-	fields, _, err := unstructured.NestedMap(object.Object, path...)
+func workloadOf(object unstructured.Unstructured, kind workloadKind) (workload, error) {
+	fields, _, err := unstructured.NestedMap(object.Object, kind.pod...)
 	if err != nil {
 		return workload{}, err
 	}
@@ -101,7 +94,7 @@ func workloadOf(object unstructured.Unstructured, path []string) (workload, erro
 		return workload{}, err
 	}
 	w := workload{made: object.GetCreationTimestamp(), name: object.GetNamespace() + "/" + object.GetName()}
-	if w.where, err = placementOf(&pod); err != nil {
+	if w.where, err = placementOf(&pod, kind.resource.Resource == "daemonsets"); err != nil {
 		return workload{}, err
 	}
 	more := strings.Split(object.GetAnnotations()[v1alpha1.AnnotationPrefetch], ",")
@@ -112,18 +105,6 @@ func workloadOf(object unstructured.Unstructured, path []string) (workload, erro
 		}
 	}
 	return w, nil
-}
-
-func placementOf(pod *corev1.PodSpec) (placement, error) {
-	var required *corev1.NodeSelector
-	if a := pod.Affinity; a != nil && a.NodeAffinity != nil {
-		required = a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution
-	}
-	if len(pod.NodeSelector) == 0 && required == nil {
-		return placement{everywhere: true}, nil
-	}
-	key, err := json.Marshal([]any{pod.NodeSelector, required})
-	return placement{key: string(key), affinity: nodeaffinity.GetRequiredNodeAffinity(&corev1.Pod{Spec: *pod})}, err
 }
 
 // imagesOf are the images that a pod needs, as it names them.
@@ -137,29 +118,6 @@ func imagesOf(pod *corev1.PodSpec) (images []string) {
 		}
 	}
 	return images
-}
-
-// chooseNodes says of each workload which nodes its pods may run on.
-func chooseNodes(workloads []workload, all map[string]member) {
-	known := make(map[string][]string)
-	for i := range workloads {
-		w := &workloads[i]
-		if w.where.everywhere {
-			continue
-		}
-		names, ok := known[w.where.key]
-		if !ok {
-			for name, m := range all {
-				node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: m.labels}}
-				if ok, err := w.where.affinity.Match(node); err == nil && ok {
-					names = append(names, name)
-				}
-			}
-			slices.Sort(names)
-			known[w.where.key] = names
-		}
-		w.nodes = names
-	}
 }
 
 // parseImage reads an image as a pod names it, by containerd's rules for what may
@@ -179,13 +137,13 @@ func (p *prefetchPlan) prefetchFor(workloads []workload, registries map[string]b
 	images, text := 0, 0
 	var left []string
 	for _, w := range workloads {
-		if len(w.nodes) == 0 && !w.where.everywhere {
+		if w.on.nobody {
 			continue
 		}
 		var names []string
-		size := p.cost(w.nodes)
+		size := p.cost(w.on)
 		for _, image := range w.images {
-			if registries[image.host] && !p.has(w.nodes, image.name) {
+			if registries[image.host] && !p.has(w.on, image.name) {
 				names = append(names, image.name)
 				size += len(image.name)
 			}
@@ -195,7 +153,7 @@ func (p *prefetchPlan) prefetchFor(workloads []workload, registries map[string]b
 			continue
 		}
 		if len(names) > 0 {
-			p.add(w.nodes, names...)
+			p.add(w.on, names...)
 			images, text = images+len(names), text+size
 		}
 	}
@@ -212,34 +170,32 @@ type prefetchPlan struct {
 	at  map[string]int // in all, by the nodes
 }
 
-func keyOf(nodes []string) string { return strings.Join(nodes, ",") }
-
-// add adds images for nodes; none stands for every one.
-func (p *prefetchPlan) add(nodes []string, images ...string) {
-	key := keyOf(nodes)
+// add adds images for nodes.
+func (p *prefetchPlan) add(on choice, images ...string) {
+	key := on.key()
 	i, ok := p.at[key]
 	if !ok {
 		if p.at == nil {
 			p.at = make(map[string]int)
 		}
 		i = len(p.all)
-		p.at[key], p.all = i, append(p.all, v1alpha1.NodePrefetch{Nodes: nodes})
+		p.at[key], p.all = i, append(p.all, v1alpha1.NodePrefetch{Nodes: on.nodes, Except: on.except})
 	}
 	p.all[i].Images = append(p.all[i].Images, images...)
 }
 
-func (p *prefetchPlan) has(nodes []string, image string) bool {
-	i, ok := p.at[keyOf(nodes)]
+func (p *prefetchPlan) has(on choice, image string) bool {
+	i, ok := p.at[on.key()]
 	return ok && slices.Contains(p.all[i].Images, image)
 }
 
 // cost is how much more there is to say for these nodes, in bytes.
-func (p *prefetchPlan) cost(nodes []string) int {
-	key := keyOf(nodes)
+func (p *prefetchPlan) cost(on choice) int {
+	key := on.key()
 	if _, ok := p.at[key]; ok {
 		return 0
 	}
-	return len(key) + 8*len(nodes)
+	return len(key) + 8*(len(on.nodes)+len(on.except))
 }
 
 // planPrefetch says what to bring to which nodes. What no node is chosen for is
@@ -256,7 +212,7 @@ func planPrefetch(c *v1alpha1.NodeConfiguration, spec *v1alpha1.Spec, f *fleet) 
 				}
 			}
 			for _, image := range wanted.Images {
-				p.add(nodes, m.Registry+"/"+image)
+				p.add(choice{nodes: nodes}, m.Registry+"/"+image)
 			}
 		}
 	}
@@ -270,8 +226,8 @@ func planPrefetch(c *v1alpha1.NodeConfiguration, spec *v1alpha1.Spec, f *fleet) 
 	for _, m := range c.Mirrors {
 		registries[strings.ToLower(m.Registry)] = true
 	}
-	err := p.prefetchFor(f.workloads, registries)
-	return p.all, err
+	crowded := p.prefetchFor(f.workloads, registries)
+	return p.all, errors.Join(f.unlisted, crowded)
 }
 
 // ownRepositories are those of the images to prefetch that are named by the

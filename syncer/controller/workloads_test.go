@@ -13,12 +13,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	metadatafake "k8s.io/client-go/metadata/fake"
 	clienttesting "k8s.io/client-go/testing"
 	"sigs.k8s.io/yaml"
 
@@ -72,7 +72,7 @@ func TestWorkloadsOfNodes(t *testing.T) {
 			[]v1alpha1.NodePrefetch{{Images: []string{"docker.io/library/nginx:latest"}}},
 		},
 	} {
-		w, err := workloadOf(*object(t, deployment("web", test.pod)), workloadKinds[0].pod)
+		w, err := workloadOf(*object(t, deployment("web", test.pod)), workloadKinds[0])
 		if err != nil {
 			t.Errorf("%s: %v", test.name, err)
 			continue
@@ -95,7 +95,7 @@ func TestTooManyWorkloads(t *testing.T) {
 	for each, want := range map[int]int{7: maxPrefetched / 7 * 7, maxPrefetched + 1: 0} {
 		f := &fleet{}
 		for i := range 1000 {
-			w := workload{name: fmt.Sprint("deployments shop/", i), where: placement{everywhere: true}}
+			w := workload{name: fmt.Sprint("deployments shop/", i)}
 			for j := range each {
 				w.images = append(w.images, image{fmt.Sprintf("docker.io/team/a%d:%d", j, i), "docker.io"})
 			}
@@ -124,7 +124,7 @@ func TestPrefetchForManyNodes(t *testing.T) {
 	}
 	for i := range 20 {
 		w, err := workloadOf(*object(t, deployment(fmt.Sprint("web-", i),
-			fmt.Sprintf("{nodeSelector: {all: 'yes'}, containers: [{image: 'nginx:%d'}], affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchFields: [{key: metadata.name, operator: NotIn, values: [node-%04d.eu-central-1.compute.internal]}]}]}}}}", i, i%10))), workloadKinds[0].pod)
+			fmt.Sprintf("{nodeSelector: {all: 'yes'}, containers: [{image: 'nginx:%d'}], affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchFields: [{key: metadata.name, operator: NotIn, values: [node-%04d.eu-central-1.compute.internal]}]}]}}}}", i, i%10))), workloadKinds[0])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,9 +145,8 @@ func TestWorkloads(t *testing.T) {
 	data := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, data, "  mirrors: [{registry: docker.io}]\n")
-		if err := w.config.Metadata.(*metadatafake.FakeMetadataClient).Tracker().Create(nodes, nodeObject("node-1", map[string]string{"gpu": "yes"}), ""); err != nil {
-			t.Fatal(err)
-		}
+		w.createNode("{metadata: {name: node-1, labels: {gpu: 'yes'}}}")
+		w.createNode("{metadata: {name: node-2}, spec: {taints: [{key: site, value: lab, effect: NoSchedule}]}}")
 		create := func(resource int, text string) {
 			t.Helper()
 			o := object(t, text)
@@ -181,7 +180,7 @@ func TestWorkloads(t *testing.T) {
 		time.Sleep(resyncInterval + 10*time.Second)
 		want := []v1alpha1.NodePrefetch{
 			{Images: []string{"docker.io/team/report:1", "docker.io/team/report:2"}, Nodes: []string{"node-1"}},
-			{Images: []string{"docker.io/team/web:1"}},
+			{Images: []string{"docker.io/team/web:1"}, Except: []string{"node-2"}},
 		}
 		// By name, where they are of the same age.
 		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
@@ -199,13 +198,69 @@ func TestWorkloads(t *testing.T) {
 		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
 			t.Errorf("without the right (-want +got):\n%s", diff)
 		}
-		if ready := fmt.Sprint(w.status().Conditions); !strings.Contains(ready, "as the chart does with nodeCache.prefetchWorkloads") {
+		if ready := fmt.Sprint(w.status().Conditions); !strings.Contains(ready, "kubectl apply -f manifests/prefetch-workloads.yaml") {
 			t.Errorf("the status does not say what to do: %s", ready)
 		}
 		away.Store(false)
+		w.changeNode("node-2", func(n *corev1.Node) { n.Spec.Taints = nil })
 		time.Sleep(3 * fleetInterval)
-		if diff := cmp.Diff(want[1:], w.told().Prefetch); diff != "" {
+		want = []v1alpha1.NodePrefetch{{Images: []string{"docker.io/team/web:1"}}}
+		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
+		}
+		w.changeNode("node-1", func(n *corev1.Node) { n.Spec.Unschedulable = true })
+		time.Sleep(2 * fleetInterval)
+		want[0].Except = []string{"node-1"}
+		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
+			t.Errorf("after kubectl cordon (-want +got):\n%s", diff)
+		}
+		if err := stop(); err != nil {
+			t.Errorf("ended with %v", err)
+		}
+	})
+}
+
+// TestWorkloadsWithoutTheRight: prefetching them is off, nothing else is, and the
+// status says what to do until it is done.
+func TestWorkloadsWithoutTheRight(t *testing.T) {
+	data := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, data, `
+  mirrors:
+  - registry: docker.io
+    prefetch: [{images: [team/cuda:12], nodeSelector: {gpu: "yes"}}]
+  nodeCache: {prefetchWorkloads: true, peers: true}
+`)
+		w.createNode("{metadata: {name: node-1, labels: {gpu: 'yes'}}}")
+		o := object(t, deployment("web", "{containers: [{image: 'team/web:1'}]}"))
+		if _, err := w.dynamic.Resource(workloadKinds[0].resource).Namespace("shop").Create(t.Context(), o, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.kube.CoordinationV1().Leases("site").Create(t.Context(), agentLease("node-1", "192.0.2.1:5051", time.Now()), metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		var allowed atomic.Bool
+		w.dynamic.PrependReactor("list", "deployments", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return !allowed.Load(), nil, apierrors.NewForbidden(schema.GroupResource{Group: "apps", Resource: "deployments"}, "", errors.New("no right"))
+		})
+		stop := w.run(w.config)
+		want := []v1alpha1.NodePrefetch{{Images: []string{"docker.io/team/cuda:12"}, Nodes: []string{"node-1"}}}
+		for range 6 { // also between two looks
+			time.Sleep(25 * time.Second)
+			told := w.told()
+			if diff := cmp.Diff(want, told.Prefetch); diff != "" || len(told.Peers) != 1 {
+				t.Errorf("peers %v, prefetch (-want +got):\n%s", told.Peers, diff)
+			}
+			if rendered := meta.FindStatusCondition(w.status().Conditions, v1alpha1.ConditionRendered); rendered == nil || rendered.Status != metav1.ConditionFalse ||
+				!strings.Contains(rendered.Message, "kubectl apply -f manifests/prefetch-workloads.yaml") {
+				t.Errorf("the status does not say what to do: %v", rendered)
+			}
+		}
+		allowed.Store(true)
+		time.Sleep(2 * fleetInterval)
+		want = append(want, v1alpha1.NodePrefetch{Images: []string{"docker.io/team/web:1"}})
+		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" || !meta.IsStatusConditionTrue(w.status().Conditions, v1alpha1.ConditionRendered) {
+			t.Errorf("with the right: %v, -want +got:\n%s", w.status().Conditions, diff)
 		}
 		if err := stop(); err != nil {
 			t.Errorf("ended with %v", err)
