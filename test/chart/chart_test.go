@@ -259,6 +259,50 @@ func TestInStep(t *testing.T) {
 	}
 }
 
+// TestPrefetchManifest: what prefetching for workloads needs besides install.yaml
+// is the right to list them, in objects of its own, so that applying either file
+// again takes nothing from the other.
+func TestPrefetchManifest(t *testing.T) {
+	type object struct {
+		Kind     string
+		Metadata struct{ Name string }
+		Rules    []struct{ Verbs []string }
+	}
+	read := func(file string) (all []object) {
+		data, err := os.ReadFile(filepath.Join(repository(t), "manifests", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, doc := range documents(data) {
+			var o object
+			if err := yaml.Unmarshal([]byte(doc), &o); err != nil {
+				t.Fatalf("%v in\n%s", err, doc)
+			}
+			all = append(all, o)
+		}
+		return all
+	}
+	installed := make(map[string]bool)
+	for _, o := range read("install.yaml") {
+		installed[o.Kind+" "+o.Metadata.Name] = true
+	}
+	var kinds []string
+	for _, o := range read("prefetch-workloads.yaml") {
+		kinds = append(kinds, o.Kind)
+		if name := o.Kind + " " + o.Metadata.Name; installed[name] {
+			t.Errorf("%s is in install.yaml too", name)
+		}
+		for _, rule := range o.Rules {
+			if diff := cmp.Diff([]string{"list"}, rule.Verbs); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", o.Metadata.Name, diff)
+			}
+		}
+	}
+	if diff := cmp.Diff([]string{"ClusterRole", "ClusterRoleBinding"}, kinds); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
 // TestSchemaKnowsEveryValue: nothing in values.yaml is unchecked, and no schema
 // is for a value that does not exist.
 func TestSchemaKnowsEveryValue(t *testing.T) {

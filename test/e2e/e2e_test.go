@@ -283,6 +283,7 @@ func (w *world) testManifests(t *testing.T) {
 		{"-f", "../../manifests/install.yaml"},
 		{"-f", "../../manifests/connectedregistry.yaml"},
 		{"-f", "../../manifests/uninstall.yaml"},
+		{"-f", "../../manifests/prefetch-workloads.yaml"},
 		{"-f", every},
 	} {
 		args = append([]string{"apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts"}, args...)
