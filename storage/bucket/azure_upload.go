@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
@@ -21,13 +20,9 @@ import (
 // errCopy is of a copy that Azure gave up.
 var errCopy = errors.New("the copy was not carried out")
 
-// begin only names the upload. A blob has one set of blocks not yet committed,
-// and whoever commits some throws the others away, so each upload has a blob of
-// its own, which Complete copies to where it belongs.
-func (a *azureStore) begin(_ context.Context, key string, _ map[string]string) (string, error) {
-	return newUpload(strings.TrimPrefix(key, a.prefix)), nil
-}
-
+// part stages a block. A blob has one set of blocks not yet committed, and whoever
+// commits some throws the others away, so each upload has a blob of its own, which
+// complete copies to where it belongs.
 func (a *azureStore) part(ctx context.Context, _, upload string, number int, content io.ReadSeeker, size int64) (Part, error) {
 	part := Part{Number: number, Size: size}
 	b, err := a.blob(a.place(upload))
@@ -105,8 +100,7 @@ func (a *azureStore) uploads(ctx context.Context, prefix, token string) ([]Unfin
 	}
 	var found []Unfinished
 	for _, item := range page.Segment.BlobItems {
-		if u, ok := a.find(value(item.Name), strings.TrimPrefix(prefix, a.prefix)); ok {
-			u.Key = a.prefix + u.Key
+		if u, ok := a.find(value(item.Name), prefix); ok {
 			found = append(found, u)
 		}
 	}

@@ -25,6 +25,9 @@ func (b *body) Read(p []byte) (int, error) {
 		if b.left == 0 {
 			return 0, io.EOF
 		}
+		if len(p) == 0 {
+			return 0, nil
+		}
 		n, err := b.from.Read(p[:min(int64(len(p)), b.left)])
 		b.offset, b.left = b.offset+int64(n), b.left-int64(n)
 		if n > 0 {

@@ -111,9 +111,17 @@ func FuzzParseUpload(f *testing.F) {
 		if place := s.place(name); strings.Count(place, "/") != 2 {
 			t.Errorf("%q is kept at %q", name, place)
 		}
-		want := newUpload(name)
-		if got, ok := s.find(s.place(want)+"/00001", ""); name != "" && (!ok || got.Key != name || got.Upload != want) {
-			t.Errorf("an upload to %q is found as %+v", name, got)
+		want, err := s.begin(t.Context(), s.prefix+name, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, prefix := range []string{"", s.prefix, s.prefix + name} {
+			if got, ok := s.find(s.place(want)+"/00001", prefix); name != "" && (!ok || got.Key != s.prefix+name || got.Upload != want) {
+				t.Errorf("an upload to %q is found as %+v", name, got)
+			}
+		}
+		if got, ok := s.find(s.place(want)+"/00001", "other/"); ok {
+			t.Errorf("an upload to %q is found elsewhere, as %+v", name, got)
 		}
 	})
 }

@@ -16,11 +16,7 @@ import (
 // joined is how many objects Google puts together at once.
 const joined = 32
 
-// begin only names the upload: parts are objects of their own.
-func (g *gcsStore) begin(_ context.Context, key string, _ map[string]string) (string, error) {
-	return newUpload(strings.TrimPrefix(key, g.prefix)), nil
-}
-
+// part stores a part, which is an object of its own.
 func (g *gcsStore) part(ctx context.Context, _, upload string, number int, content io.ReadSeeker, size int64) (Part, error) {
 	name := rand.Text() // so that nobody else's takes its place
 	stored, err := g.upload(at(ctx, steady), g.piece(upload, number, name), content, size, nil, url.Values{})
@@ -122,8 +118,7 @@ func (g *gcsStore) uploads(ctx context.Context, prefix, token string) ([]Unfinis
 	}
 	var found []Unfinished
 	for _, name := range page.Prefixes {
-		if u, ok := g.find(name, strings.TrimPrefix(prefix, g.prefix)); ok {
-			u.Key = g.prefix + u.Key
+		if u, ok := g.find(name, prefix); ok {
 			found = append(found, u)
 		}
 	}

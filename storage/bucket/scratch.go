@@ -1,6 +1,7 @@
 package bucket
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/base64"
 	"strconv"
@@ -41,9 +42,15 @@ func (s scratch) place(upload string) string {
 }
 
 // find is the reverse of place: the upload that an object, or a folder, belongs
-// to, when it goes to a key with the prefix.
+// to, when it goes to a key with the prefix. Keys are whole.
 func (s scratch) find(name, prefix string) (Unfinished, bool) {
 	upload, _, _ := strings.Cut(strings.TrimPrefix(name, s.prefix+scratchFolder), "/")
 	key, begun, ok := parseUpload(upload)
+	key = s.prefix + key
 	return Unfinished{Key: key, Upload: upload, Begun: begun}, ok && strings.HasPrefix(key, prefix)
+}
+
+// begin only names the upload.
+func (s scratch) begin(_ context.Context, key string, _ map[string]string) (string, error) {
+	return newUpload(strings.TrimPrefix(key, s.prefix)), nil
 }

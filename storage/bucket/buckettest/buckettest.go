@@ -80,6 +80,9 @@ func readRange(t *testing.T, b bucket.Bucket, key string, offset, length int64) 
 	if err != nil {
 		t.Fatal(err)
 	}
+	if n, err := body.Read(nil); n != 0 || err != nil && !errors.Is(err, io.EOF) {
+		t.Fatalf("no room for a byte was filled with %d: %v", n, err)
+	}
 	content, err := io.ReadAll(body)
 	if err := errors.Join(err, body.Close()); err != nil {
 		t.Fatal(err)
