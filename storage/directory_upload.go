@@ -94,8 +94,8 @@ type uploadWriter struct {
 	committed fs.FileInfo // of the file as it was then
 }
 
-// openUpload opens the data of an upload, which must be there if it is to be
-// appended to. Whoever only looks disturbs nobody: the lock is taken by the first
+// openUpload opens the data of an upload, of which the folder must be there if it
+// is to be appended to. Whoever only looks disturbs nobody: the lock is taken by the first
 // byte, or by the commit.
 func (m *directory) openUpload(path string, appending bool) (*uploadWriter, error) {
 	if !appending {

@@ -262,8 +262,11 @@ func (w *objectWriter) Cancel(context.Context) error {
 // Commit puts the data in its place. The state stays beside it if nothing else
 // tells what it is.
 func (w *objectWriter) Commit(context.Context) error {
-	if w.failed != nil || w.placed {
+	switch {
+	case w.failed != nil || w.placed:
 		return w.failed
+	case w.ended:
+		return fmt.Errorf("committing %s: %w", w.path, fs.ErrClosed)
 	}
 	ctx, cancel := w.limit()
 	defer cancel()

@@ -1,9 +1,10 @@
 package storage
 
 import (
-	"bytes"
+	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 
 	"github.com/opencontainers/go-digest"
@@ -26,7 +27,10 @@ import (
 // put together bears the mark of the state that knows it. Distribution hashes as
 // well, but what it has hashed may be another's who went on with the same upload.
 
-const uploadSuffix = ".parts"
+const (
+	uploadSuffix = ".parts"
+	maxState     = 4 << 20 // bytes of its line, more than 10,000 parts take
+)
 
 // uploadState is what the object beside an upload's data says.
 type uploadState struct {
@@ -70,29 +74,34 @@ func (d *bucketDriver) placed(ctx context.Context, path string) (bucket.Attribut
 	if err != nil || at.Metadata[markName] == "" {
 		return at, digest.Digest(at.Metadata[sealName]), err
 	}
-	content, _, err := readObject(ctx, d.bucket, objectKey(path)+uploadSuffix)
+	state, err := d.readState(ctx, objectKey(path)+uploadSuffix)
+	if !state.Whole || state.Mark != at.Metadata[markName] { // it is not there, or another's
+		return at, "", err
+	}
+	return at, state.Digest, err
+}
+
+// readState reads the first line of the object beside an upload's data. The state
+// of an object that is damaged, or not there, is the zero value.
+func (d *bucketDriver) readState(ctx context.Context, key string) (state uploadState, err error) {
+	r, _, err := d.bucket.Open(ctx, key, 0, -1)
 	if err != nil {
-		return at, "", ignoreAbsent(err)
+		return state, ignoreAbsent(err)
 	}
-	var state uploadState
-	head, _, _ := bytes.Cut(content, []byte("\n"))
-	if err := json.Unmarshal(head, &state); err != nil || !state.Whole || state.Mark != at.Metadata[markName] {
-		return at, "", nil //nolint:nilerr // it is another's
+	defer r.Close()
+	head, err := bufio.NewReader(io.LimitReader(r, maxState)).ReadBytes('\n')
+	if errors.Is(err, io.EOF) || err == nil && json.Unmarshal(head, &state) != nil {
+		return uploadState{}, nil
 	}
-	return at, state.Digest, nil
+	return state, err
 }
 
 // abortUpload throws away the parts of an upload whose state is about to be
 // deleted.
 func (d *bucketDriver) abortUpload(ctx context.Context, stateKey string) error {
-	r, _, err := d.bucket.Open(ctx, stateKey, 0, -1)
-	if err != nil {
-		return ignoreAbsent(err)
-	}
-	defer r.Close()
-	var state uploadState
-	if err := json.NewDecoder(io.LimitReader(r, 4<<20)).Decode(&state); err != nil || state.Upload == "" {
-		return nil // nobody can go on with it, and what it began is swept
+	state, err := d.readState(ctx, stateKey)
+	if err != nil || state.Upload == "" {
+		return err // without a state nobody can go on with it, and what it began is swept
 	}
 	return d.bucket.Abort(ctx, stateKey[:len(stateKey)-len(uploadSuffix)], state.Upload)
 }

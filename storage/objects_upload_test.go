@@ -166,7 +166,7 @@ func resume(t *testing.T, b *membucket.Bucket, content []byte) {
 	d := smallParts(b)
 	w := open2(t, d)
 	at := w.Size()
-	if err := errors.Join(w.Close()); err != nil {
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := goOn(t.Context(), d, true, content[at:], true); err != nil {
@@ -180,6 +180,30 @@ func resume(t *testing.T, b *membucket.Bucket, content []byte) {
 	}
 	for at, err := range b.List(t.Context(), "", "", "") {
 		t.Errorf("%s is left, %v", at.Key, err)
+	}
+}
+
+// A writer that was closed refuses whatever is asked of it, and harms nothing.
+func TestUploadClosed(t *testing.T) {
+	d := smallParts(new(membucket.Bucket))
+	w, err := d.Writer(t.Context(), uploadPath, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write([]byte("some")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write([]byte("more")); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("written to: %v", err)
+	}
+	if err := w.Commit(t.Context()); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("committed: %v", err)
+	}
+	if n, err := goOn(t.Context(), d, true, []byte(" more"), true); n != 9 || err != nil {
+		t.Errorf("%d bytes, %v", n, err)
 	}
 }
 
