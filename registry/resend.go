@@ -48,8 +48,7 @@ func (b *resend) is(d digest.Digest) bool {
 // commit stores as d what an upload, whose writer was committed in vain, holds
 // beyond what it held before.
 func (b *resend) commit(ctx context.Context, s *Server, repo storage.Repository, upload distribution.BlobWriter, d digest.Digest) error {
-	data := "/docker/registry/v2/repositories/" + repo.Name() + "/_uploads/" + upload.ID() + "/data"
-	content, err := s.cfg.Store.Driver().Reader(ctx, data, b.before)
+	content, err := repo.ReadUpload(ctx, upload.ID(), b.before)
 	if err != nil {
 		return err
 	}

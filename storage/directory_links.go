@@ -39,7 +39,7 @@ func lookAtLink(file string, d digest.Digest) (used time.Time, target digest.Dig
 	return used, target, err
 }
 
-func (m *directory) renew(ctx context.Context, path string, _ digest.Digest) error {
+func (m *directory) renew(ctx context.Context, path string) error {
 	now := time.Now()
 	err := os.Chtimes(m.path(path), now, now)
 	if errors.Is(err, fs.ErrNotExist) && !m.rescue(ctx, path) {

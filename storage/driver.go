@@ -96,14 +96,13 @@ func (d *driver) PutContent(ctx context.Context, path string, content []byte) er
 		r.releaseTag(ctx, path)
 	}
 	if _, ok := isLink(path); ok {
-		return d.putLink(ctx, path, content)
+		return d.putLink(ctx, path, digest.Digest(content))
 	}
 	return d.store.medium.putFile(ctx, path, content)
 }
 
 // putLink makes a repository hold a layer or a manifest.
-func (d *driver) putLink(ctx context.Context, path string, content []byte) error {
-	target := digest.Digest(content)
+func (d *driver) putLink(ctx context.Context, path string, target digest.Digest) error {
 	made, err := d.store.medium.putLink(ctx, path, target)
 	if err != nil {
 		return err

@@ -55,7 +55,7 @@ func (s *Store) find(ctx context.Context, link string, d digest.Digest) (target 
 		used, target, err = s.medium.look(ctx, link, d)
 	}
 	if err == nil && time.Since(used) > s.renewAfter {
-		unrenewed = s.medium.renew(ctx, link, target)
+		unrenewed = s.medium.renew(ctx, link)
 		if errors.Is(unrenewed, fs.ErrNotExist) {
 			err = unrenewed
 		}
@@ -118,5 +118,5 @@ func (r Repository) releaseTag(ctx context.Context, tagLink string) {
 	if err != nil {
 		return
 	}
-	_ = r.store.medium.renew(ctx, linkPath(r.path+"/_manifests/revisions/", d), d) // it may be gone already
+	_ = r.store.medium.renew(ctx, linkPath(r.path+"/_manifests/revisions/", d)) // it may be gone already
 }

@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"cmp"
 	"context"
 	"time"
 )
@@ -39,14 +40,6 @@ type Maintained struct {
 	Damaged   []Damage // after scrubbing
 }
 
-func or[T comparable](v, unset T) T {
-	var zero T
-	if v == zero {
-		return unset
-	}
-	return v
-}
-
 // Maintain removes what crashes left, collects garbage, counts what is stored,
 // and scrubs, while this process and others use the store. It takes as long as
 // that takes, twice Grace at least when there is garbage, and ends early with
@@ -66,10 +59,10 @@ func (s *Store) maintain(ctx context.Context, m Maintenance) (Maintained, error)
 	var did Maintained
 	var err error
 	began := time.Now()
-	if did.Swept, err = s.sweep(ctx, or(m.UploadAge, 7*24*time.Hour), or(m.QuarantineAge, 30*24*time.Hour)); err != nil {
+	if did.Swept, err = s.sweep(ctx, cmp.Or(m.UploadAge, 7*24*time.Hour), cmp.Or(m.QuarantineAge, 30*24*time.Hour)); err != nil {
 		return did, err
 	}
-	if did.Collected, err = s.collect(ctx, or(m.MinAge, 24*time.Hour), or(m.Grace, 10*time.Minute)); err != nil {
+	if did.Collected, err = s.collect(ctx, cmp.Or(m.MinAge, 24*time.Hour), cmp.Or(m.Grace, 10*time.Minute)); err != nil {
 		return did, err
 	}
 	if did.Usage, err = s.recount(ctx); err != nil {
@@ -81,10 +74,10 @@ func (s *Store) maintain(ctx context.Context, m Maintenance) (Maintained, error)
 	if m.ScrubRate < 0 {
 		return did, nil
 	}
-	limited, cancel := context.WithTimeout(ctx, or(m.ScrubTime, 4*time.Hour))
+	limited, cancel := context.WithTimeout(ctx, cmp.Or(m.ScrubTime, 4*time.Hour))
 	defer cancel()
 	began = time.Now()
-	did.Scrubbed, err = s.scrub(limited, or(m.ScrubRate, 16<<20))
+	did.Scrubbed, err = s.scrub(limited, cmp.Or(m.ScrubRate, 16<<20))
 	s.log.Info("stored content scrubbed", "blobs", did.Scrubbed.Blobs, "bytes", did.Scrubbed.Bytes, "corrupt", did.Scrubbed.Corrupt,
 		"finished", did.Scrubbed.Finished, "took", time.Since(began))
 	if err == nil && ctx.Err() != nil {

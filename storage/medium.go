@@ -91,11 +91,12 @@ type links interface {
 	// sure that it stays: condemned, it is brought back. It makes no link. The
 	// error is fs.ErrNotExist when the link is gone, and nil when the medium
 	// cannot be written to.
-	renew(ctx context.Context, path string, target digest.Digest) error
+	renew(ctx context.Context, path string) error
 	// rescue brings a link back that was condemned, and reports whether it is
 	// there now.
 	rescue(ctx context.Context, path string) bool
-	// putLink makes a link, or makes it anew. made: there was none.
+	// putLink makes a link by which a repository holds something, or makes it
+	// anew. made: there was none.
 	putLink(ctx context.Context, path string, target digest.Digest) (made bool, err error)
 	// links are those in a folder, <alg>/<hex>/link, condemned or not. What
 	// comes back meanwhile may be there twice, but is not missing.

@@ -72,16 +72,16 @@ func (o *objects) putBlob(ctx context.Context, d digest.Digest, content []byte) 
 }
 
 func (o *objects) peek(ctx context.Context, d digest.Digest) ([]byte, error) {
-	c, err := o.openBlob(ctx, d)
+	body, at, err := o.bucket.Open(ctx, blobKey(d), 0, -1)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	if c.Size > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than any manifest", c.Size)
+	defer body.Close()
+	if at.Size > maxManifest {
+		return nil, fmt.Errorf("it has %d bytes, more than any manifest", at.Size)
 	}
-	content := make([]byte, c.Size)
-	if _, err := io.ReadFull(c, content); err != nil {
+	content, err := io.ReadAll(body)
+	if err != nil {
 		return nil, err
 	}
 	if d.Algorithm().FromBytes(content) != d {

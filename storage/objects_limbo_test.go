@@ -113,7 +113,7 @@ func TestObjectsLinkRenewedBeforeReaped(t *testing.T) {
 			return nil
 		})
 	}, func(m *meeting) {
-		if err := m.objects.renew(m.client, m.link.path, m.link.target); err != nil || !m.there() {
+		if err := m.objects.renew(m.client, m.link.path); err != nil || !m.there() {
 			t.Errorf("renewed, and there: %v, %v", m.there(), err)
 		}
 	})
@@ -130,7 +130,7 @@ func TestObjectsLinkRenewedAfterReaped(t *testing.T) {
 			return nil
 		})
 	}, func(m *meeting) {
-		if err := m.objects.renew(m.client, m.link.path, m.link.target); !errors.Is(err, fs.ErrNotExist) || m.there() {
+		if err := m.objects.renew(m.client, m.link.path); !errors.Is(err, fs.ErrNotExist) || m.there() {
 			t.Errorf("there: %v, renewed: %v", m.there(), err)
 		}
 	})
@@ -153,7 +153,7 @@ func TestObjectsLateReaper(t *testing.T) {
 			reaped <- ok
 		}()
 		time.Sleep(reapTime + 10*time.Second)
-		if err := m.objects.renew(m.client, m.link.path, m.link.target); err != nil {
+		if err := m.objects.renew(m.client, m.link.path); err != nil {
 			t.Error(err)
 		}
 		if <-reaped || !m.there() {

@@ -44,7 +44,7 @@ func (o *objects) look(ctx context.Context, path string, d digest.Digest) (used 
 }
 
 // renew puts a link again, if it is there.
-func (o *objects) renew(ctx context.Context, path string, _ digest.Digest) error {
+func (o *objects) renew(ctx context.Context, path string) error {
 	for {
 		target, at, err := o.openLink(ctx, path)
 		if err != nil {
@@ -89,9 +89,6 @@ func (o *objects) putLink(ctx context.Context, path string, target digest.Digest
 			return made, err
 		}
 		o.clock.seen(at)
-		if _, held := isLink(path); !held {
-			return made, nil
-		}
 		waited, err := o.rely(ctx, path)
 		if !waited || err != nil {
 			return made, err

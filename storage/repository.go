@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"path"
 	"slices"
@@ -133,6 +134,9 @@ func (r Repository) PutManifest(ctx context.Context, d digest.Digest, content []
 			return err // and else the blob was collected before it was linked to
 		}
 	}
+	if len(tags) == 0 {
+		return nil
+	}
 	for _, tag := range tags {
 		// The index remembers every manifest that the tag has named.
 		if err := r.link(ctx, linkPath(r.path+"/_manifests/tags/"+tag+"/index/", d), d); err != nil {
@@ -197,7 +201,10 @@ func (r Repository) putRevision(ctx context.Context, revision string, d digest.D
 	if err := r.indexReferrer(ctx, d, content); err != nil {
 		return err
 	}
-	return r.link(ctx, revision, d)
+	if there, err := r.linked(ctx, revision, d); there {
+		return err
+	}
+	return drv.putLink(ctx, revision, d) // PutContent would read the manifest, to index it again
 }
 
 // UseManifest tells the collector that the manifest d, which need not be there,
@@ -337,6 +344,12 @@ func (r Repository) DeleteUpload(ctx context.Context, id string) error {
 	return r.store.medium.removeUpload(ctx, r.path+"/_uploads/"+path.Base(id))
 }
 
+// ReadUpload reads what an upload has stored, from offset on. id must not come from
+// outside unchecked.
+func (r Repository) ReadUpload(ctx context.Context, id string, offset int64) (io.ReadCloser, error) {
+	return r.store.driver.Reader(ctx, r.path+"/_uploads/"+path.Base(id)+"/data", offset)
+}
+
 // tagsOf returns the tags that name d.
 func (r Repository) tagsOf(ctx context.Context, d digest.Digest) ([]string, error) {
 	all, _, err := r.Tags(ctx, "", -1)
@@ -362,15 +375,25 @@ func (r Repository) tagLink(tag string) string {
 
 // link writes a link file unless it is there already.
 func (r Repository) link(ctx context.Context, path string, target digest.Digest) error {
-	if d, ok := isLink(path); ok {
-		if now, err := r.store.follow(ctx, path, d); err == nil && now == target {
-			_, err := r.store.require(ctx, target)
-			return err
-		}
-	} else if now, err := r.store.medium.readLink(ctx, path); err == nil && now == target {
-		return nil
+	if there, err := r.linked(ctx, path, target); there {
+		return err
 	}
 	return r.store.driver.PutContent(ctx, path, []byte(target))
+}
+
+// linked reports whether a link file is there already, and makes sure, if the
+// repository holds something by it, that this is there, too, and stays.
+func (r Repository) linked(ctx context.Context, path string, target digest.Digest) (there bool, err error) {
+	d, holds := isLink(path)
+	if !holds {
+		now, err := r.store.medium.readLink(ctx, path)
+		return err == nil && now == target, nil
+	}
+	if now, err := r.store.follow(ctx, path, d); err != nil || now != target {
+		return false, nil //nolint:nilerr // it is made anew
+	}
+	_, err = r.store.require(ctx, target)
+	return true, err
 }
 
 func (r Repository) unlink(ctx context.Context, links string, d digest.Digest) error {
