@@ -30,6 +30,21 @@ func onObjects(t *testing.T, b *membucket.Bucket) *objects {
 	return m.(*objects)
 }
 
+// opened has a medium store content, and opens it.
+func opened(t *testing.T, o *objects, content []byte) Content {
+	t.Helper()
+	d := digest.FromBytes(content)
+	if err := o.putBlob(t.Context(), d, content); err != nil {
+		t.Fatal(err)
+	}
+	c, err := o.openBlob(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
 // fetches counts what is fetched of a key.
 type fetches struct {
 	bucket.Bucket
@@ -59,15 +74,7 @@ func TestObjectsFetchOnlyWhatIsRead(t *testing.T) {
 	f := &fetches{Bucket: o.bucket}
 	o.bucket = f
 	content := random(1 << 20)
-	d := digest.FromBytes(content)
-	if err := o.putBlob(t.Context(), d, content); err != nil {
-		t.Fatal(err)
-	}
-	c, err := o.openBlob(t.Context(), d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
+	c := opened(t, o, content)
 	f.opened, f.bytes = nil, 0
 	if end, err := c.Seek(0, io.SeekEnd); err != nil || end != 1<<20 {
 		t.Fatal(end, err)
@@ -99,17 +106,8 @@ func TestObjectsBodyThatBreaksOffIsGoneOnWith(t *testing.T) {
 			}
 			return nil
 		}}
-		o := onObjects(t, b)
 		content := random(300_000)
-		d := digest.FromBytes(content)
-		if err := o.putBlob(t.Context(), d, content); err != nil {
-			t.Fatal(err)
-		}
-		c, err := o.openBlob(t.Context(), d)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
+		c := opened(t, onObjects(t, b), content)
 		faulty = 0.3
 		for range 50 {
 			at, err := c.Seek(rand.Int64N(300_000), io.SeekStart)
@@ -169,14 +167,7 @@ func TestObjectsReplacedWhileRead(t *testing.T) {
 		o := onObjects(t, new(membucket.Bucket))
 		content := random(100)
 		d := digest.FromBytes(content)
-		if err := o.putBlob(t.Context(), d, content); err != nil {
-			t.Fatal(err)
-		}
-		c, err := o.openBlob(t.Context(), d)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
+		c := opened(t, o, content)
 		other, seal := random(100), map[string]string(nil)
 		if sealed {
 			other, seal = content, sealOf(d)

@@ -2,7 +2,6 @@ package storage
 
 import (
 	"context"
-	"math/rand/v2"
 	"os"
 	"strings"
 	"sync"
@@ -84,8 +83,7 @@ func TestObjectsCollectWhilePushing(t *testing.T) {
 	}
 	var pushers []*pusher
 	for id := range 4 {
-		p := &pusher{t: t, stores: stores, repos: []string{"a", "a/b", "c"}, id: id, again: &again, rand: rand.New(rand.NewPCG(uint64(id), rand.Uint64())),
-			tags: make(map[string]digest.Digest), needs: make(map[digest.Digest][]digest.Digest)}
+		p := newPusher(t, stores, id, &again)
 		pushers = append(pushers, p)
 		pushing.Go(func() {
 			for round := 0; round < stressRounds() || freed.Load() < 20; round++ {
@@ -102,7 +100,7 @@ func TestObjectsCollectWhilePushing(t *testing.T) {
 	collecting.Wait()
 	t.Logf("%d blobs freed, %d pushes made again", freed.Load(), again.Load())
 	leader := open()
-	objectsSettle(t, leader)
+	settle(t, leader, objectsMinAge+3*time.Second, objectsMinAge, objectsGrace)
 	want := make(map[digest.Digest]bool)
 	for _, p := range pushers {
 		p.reachable(want)
@@ -116,28 +114,6 @@ func TestObjectsCollectWhilePushing(t *testing.T) {
 		}
 	}
 	for _, p := range pushers {
-		for name, d := range p.tags {
-			repo, _, _ := strings.Cut(name, ":")
-			if err := p.complete(t.Context(), repo, d); err != nil {
-				t.Errorf("%s: %v", name, err)
-			}
-		}
+		p.check()
 	}
-}
-
-// objectsSettle collects until nothing waits any more.
-func objectsSettle(t *testing.T, s *Store) {
-	t.Helper()
-	time.Sleep(objectsMinAge + 3*time.Second)
-	for range 100 {
-		c, err := s.pass(t.Context(), objectsMinAge, objectsGrace)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if c.Waiting == 0 {
-			return
-		}
-		time.Sleep(objectsGrace)
-	}
-	t.Fatal("the collector never comes to an end")
 }

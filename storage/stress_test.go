@@ -38,6 +38,14 @@ type pusher struct {
 	again  *atomic.Int64 // pushes that had to be made again
 }
 
+func newPusher(t *testing.T, stores []*Store, id int, again *atomic.Int64) *pusher {
+	t.Helper()
+	return &pusher{
+		t: t, stores: stores, rand: rand.New(rand.NewPCG(uint64(id), rand.Uint64())), repos: []string{"a", "a/b", "c"},
+		tags: make(map[string]digest.Digest), needs: make(map[digest.Digest][]digest.Digest), id: id, again: again,
+	}
+}
+
 func (p *pusher) store() *Store { return p.stores[p.rand.IntN(len(p.stores))] }
 
 func (p *pusher) repo(name string) Repository {
@@ -206,19 +214,19 @@ func (p *pusher) round(ctx context.Context) error {
 	return nil
 }
 
-// settle collects until nothing waits any more.
-func settle(t *testing.T, s *Store) {
+// settle waits until everything is old, and collects until nothing waits any more.
+func settle(t *testing.T, s *Store, old, minAge, grace time.Duration) {
 	t.Helper()
-	time.Sleep(stressMinAge + stressGrace)
+	time.Sleep(old)
 	for range 100 {
-		c, err := s.pass(t.Context(), stressMinAge, stressGrace)
+		c, err := s.pass(t.Context(), minAge, grace)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if c.Waiting == 0 {
 			return
 		}
-		time.Sleep(stressGrace)
+		time.Sleep(grace)
 	}
 	t.Fatal("the collector never comes to an end")
 }
@@ -229,7 +237,6 @@ func TestCollectWhilePushing(t *testing.T) {
 	root := t.TempDir()
 	stores := []*Store{collector(t, root), collector(t, root)}
 	leader := collector(t, root)
-	repos := []string{"a", "a/b", "c"}
 	ctx, cancel := context.WithCancel(t.Context())
 	var collecting, pushing sync.WaitGroup
 	var passes, freed int
@@ -247,8 +254,7 @@ func TestCollectWhilePushing(t *testing.T) {
 	var pushers []*pusher
 	var again atomic.Int64
 	for id := range 4 {
-		p := &pusher{t: t, stores: stores, repos: repos, id: id, again: &again, rand: rand.New(rand.NewPCG(uint64(id), rand.Uint64())),
-			tags: make(map[string]digest.Digest), needs: make(map[digest.Digest][]digest.Digest)}
+		p := newPusher(t, stores, id, &again)
 		pushers = append(pushers, p)
 		pushing.Go(func() {
 			for range stressRounds() {
@@ -266,7 +272,7 @@ func TestCollectWhilePushing(t *testing.T) {
 		t.Errorf("only %d passes, which freed %d blobs", passes, freed)
 	}
 	t.Logf("%d passes freed %d blobs; %d pushes were made again", passes, freed, again.Load())
-	settle(t, leader)
+	settle(t, leader, stressMinAge+stressGrace, stressMinAge, stressGrace)
 	want := make(map[digest.Digest]bool)
 	for _, p := range pushers {
 		p.reachable(want)
@@ -286,11 +292,17 @@ func TestCollectWhilePushing(t *testing.T) {
 		t.Errorf("litter: %q", litter)
 	}
 	for _, p := range pushers {
-		for name, d := range p.tags {
-			repo, _, _ := strings.Cut(name, ":")
-			if err := p.complete(t.Context(), repo, d); err != nil {
-				t.Errorf("%s: %v", name, err)
-			}
+		p.check()
+	}
+}
+
+// check pulls what the tags name, whole.
+func (p *pusher) check() {
+	p.t.Helper()
+	for name, d := range p.tags {
+		repo, _, _ := strings.Cut(name, ":")
+		if err := p.complete(p.t.Context(), repo, d); err != nil {
+			p.t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -381,7 +393,7 @@ func TestKillWhileCollecting(t *testing.T) {
 		cmd.Wait()
 	}
 	s := collector(t, root)
-	settle(t, s)
+	settle(t, s, stressMinAge+stressGrace, stressMinAge, stressGrace)
 	got, litter := stored(t, s)
 	for d := range kept {
 		if !got[d] {

@@ -235,21 +235,27 @@ func (b *Bucket) List(ctx context.Context, prefix, after, delimiter string) iter
 				page = b.page(prefix, after, delimiter)
 				return nil
 			})
-			if err != nil {
-				yield(bucket.Attributes{}, err)
+			if !yieldAll(page, err, yield) || len(page) == 0 {
 				return
 			}
-			for _, at := range page {
-				if !yield(at, nil) {
-					return
-				}
-				after = at.Key
-			}
-			if len(page) == 0 {
-				return
-			}
+			after = page[len(page)-1].Key
 		}
 	}
+}
+
+// yieldAll yields what was found, or the error, and reports whether more is wanted.
+func yieldAll[T any](found []T, err error, yield func(T, error) bool) bool {
+	if err != nil {
+		var none T
+		yield(none, err)
+		return false
+	}
+	for _, one := range found {
+		if !yield(one, nil) {
+			return false
+		}
+	}
+	return true
 }
 
 // page is the next few of a listing.

@@ -133,14 +133,6 @@ func (b *Bucket) Uploads(ctx context.Context, prefix string) iter.Seq2[bucket.Un
 			}
 			return nil
 		})
-		if err != nil {
-			yield(bucket.Unfinished{}, err)
-			return
-		}
-		for _, u := range found {
-			if !yield(u, nil) {
-				return
-			}
-		}
+		yieldAll(found, err, yield)
 	}
 }
