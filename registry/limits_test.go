@@ -17,22 +17,13 @@ import (
 
 	"go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
-
-	"github.com/connected-registry/connected-registry/storage"
 )
 
 // TestUploadsAreBounded sends one upload more than are served at once.
 func TestUploadsAreBounded(t *testing.T) {
-	store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
+	store := openStore(t)
 	synctest.Test(t, func(t *testing.T) {
-		s, err := New(Config{Store: store, MaxUploads: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
+		s := newServer(t, Config{Store: store, MaxUploads: 1})
 		start := func(body io.Reader) *httptest.ResponseRecorder {
 			w := httptest.NewRecorder()
 			s.Handler().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v2/app/blobs/uploads/?digest=sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", body))
@@ -57,15 +48,7 @@ func TestUploadsAreBounded(t *testing.T) {
 func TestDenialsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer store.Close()
-		s, err := New(Config{Store: store, ReadOnly: func() bool { return true }, Logger: slog.New(slog.NewTextHandler(&log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
+		s := newServer(t, Config{ReadOnly: func() bool { return true }, Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		for range 10 * logBurst {
 			s.Handler().ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v2/app/manifests/v1", http.NoBody))
 		}
@@ -80,15 +63,8 @@ func TestDenialsAreBounded(t *testing.T) {
 func TestFaultsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer store.Close()
-		s, err := New(Config{Store: store, Logger: slog.New(slog.NewTextHandler(&log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
+		store := openStore(t)
+		s := newServer(t, Config{Store: store, Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		uploads := filepath.Join(store.Root(), "docker/registry/v2/repositories/app")
 		if err := os.WriteFile(uploads, nil, 0o600); err != nil { // a file where a directory belongs
 			t.Fatal(err)
@@ -113,18 +89,10 @@ func TestFaultsAreBounded(t *testing.T) {
 
 // TestTraces finds a request's span below the one that its client names.
 func TestTraces(t *testing.T) {
-	store, err := storage.Open(t.Context(), storage.Config{Root: t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
 	spans := tracetest.NewSpanRecorder()
 	provider := trace.NewTracerProvider(trace.WithSpanProcessor(spans))
 	defer func() { _ = provider.Shutdown(context.WithoutCancel(t.Context())) }()
-	s, err := New(Config{Store: store, Traces: provider})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newServer(t, Config{Traces: provider})
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v2/team/app/manifests/v1", nil)
 	r.Header.Set("Traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 	r.SetBasicAuth("ci", "hunter2")

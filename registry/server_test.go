@@ -197,9 +197,9 @@ func move(t *testing.T, from, to string) {
 }
 
 func TestPanicBecomes500(t *testing.T) {
-	var log bytes.Buffer
+	var log written
 	s := newServer(t, Config{
-		Logger:   slog.New(slog.NewTextHandler(&locked{w: &log}, nil)),
+		Logger:   slog.New(slog.NewTextHandler(&log, nil)),
 		ReadOnly: func() bool { panic("no mode") },
 	})
 	c := serveHandler(t, s)
@@ -210,23 +210,30 @@ func TestPanicBecomes500(t *testing.T) {
 	c.want(c.do("GET", "/v2/", nil), 200, "")
 }
 
-type locked struct {
+// written is what was written, for example to a log, while it goes on.
+type written struct {
 	mu sync.Mutex
-	w  io.Writer
+	b  bytes.Buffer
 }
 
-func (l *locked) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(p)
+func (w *written) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.b.Write(p)
+}
+
+func (w *written) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.b.String()
 }
 
 // A fault of the storage is a 500 that tells the client nothing of paths, and a
 // log line that tells the operator all.
 func TestFaultsAreLoggedNotTold(t *testing.T) {
-	var log bytes.Buffer
+	var log written
 	store := openStore(t)
-	c := serveHandler(t, newServer(t, Config{Store: store, Logger: slog.New(slog.NewTextHandler(&locked{w: &log}, nil))}))
+	c := serveHandler(t, newServer(t, Config{Store: store, Logger: slog.New(slog.NewTextHandler(&log, nil))}))
 	tags := store.Root() + "/docker/registry/v2/repositories/a/_manifests"
 	if err := os.MkdirAll(tags, 0o755); err != nil {
 		t.Fatal(err)

@@ -9,41 +9,21 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
 
-// faults is what a registry logs at error level while it serves.
-type faults struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (f *faults) Write(p []byte) (int, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.b.Write(p)
-}
-
-func (f *faults) String() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.b.String()
-}
-
-// startPrivate runs a private registry on TLS.
-func startPrivate(t *testing.T) (p *private, host string, trust *tls.Config, log *faults) {
+// startPrivate runs a private registry on TLS, which logs its faults.
+func startPrivate(t *testing.T) (p *private, host string, trust *tls.Config, log *written) {
 	t.Helper()
 	store := openStore(t)
 	rules := rulesOf(t, "  upstreams: [{endpoint: docker.io, prefix: hub, repositories: [{name: '*'}]}]\n  mirrors: [{registry: docker.io, anonymousPull: true}]\n")
 	cfg := Config{Store: store, Auth: teamAuthority(t, rules.AnonymousPullFor), Rules: func() *Rules { return rules }}
 	p = newPrivate(t, store)
 	p.serve(t, cfg, "Basic "+base64.StdEncoding.EncodeToString([]byte("team:team"))) // for its tokens
-	log = new(faults)
+	log = new(written)
 	authority := newCA(t)
 	cfg.CertFile, cfg.KeyFile = tlsFiles(t)
 	authority.issue(t, 2, cfg.CertFile, cfg.KeyFile)
