@@ -10,6 +10,7 @@ replace (
 require (
 	github.com/connected-registry/connected-registry v0.0.0
 	github.com/connected-registry/connected-registry/test/cluster v0.0.0
+	github.com/google/go-cmp v0.7.0
 	github.com/google/go-containerregistry v0.22.1
 	k8s.io/api v0.37.2
 	k8s.io/apimachinery v0.37.2

@@ -26,6 +26,7 @@ var (
 	kubeConfig *rest.Config
 	kube       kubernetes.Interface
 	objects    dynamic.Interface
+	kubectl    func(ctx context.Context, args ...string) ([]byte, error) // as administrator
 )
 
 func TestMain(m *testing.M) {
@@ -60,6 +61,7 @@ func run(m *testing.M) (code int, err error) {
 			err = closing
 		}
 	}()
+	kubectl = c.Kubectl
 	crd, err := os.Open("../../manifests/connectedregistry.io_connectedregistries.yaml")
 	if err != nil {
 		return 0, err

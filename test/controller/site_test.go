@@ -167,11 +167,20 @@ type process struct {
 	log    *syncBuffer
 }
 
-// syncer starts the command syncer. It reaches the API server through a gate.
+// syncer starts the command syncer, which may do everything. It reaches the API
+// server through a gate.
 func (s *site) syncer(name string) *process {
 	s.t.Helper()
+	tls := kubeConfig.TLSClientConfig
+	return s.syncerAs(name, &clientcmdapi.AuthInfo{
+		ClientCertificateData: tls.CertData, ClientCertificate: tls.CertFile, ClientKeyData: tls.KeyData, ClientKey: tls.KeyFile,
+	})
+}
+
+func (s *site) syncerAs(name string, user *clientcmdapi.AuthInfo) *process {
+	s.t.Helper()
 	g := newGate(s.t, kubeConfig.Host)
-	return s.start(name, g, []string{"KUBECONFIG=" + g.kubeconfig(s.t)},
+	return s.start(name, g, []string{"KUBECONFIG=" + g.kubeconfig(s.t, user)},
 		"syncer", "--namespace", s.namespace, "--data", s.data, "--identity", name, "--health-listen", "127.0.0.1:0", "--verbose")
 }
 
@@ -304,16 +313,14 @@ func (g *gate) shut() {
 }
 
 // kubeconfig is a file that leads through the gate.
-func (g *gate) kubeconfig(t *testing.T) string {
+func (g *gate) kubeconfig(t *testing.T, user *clientcmdapi.AuthInfo) string {
 	t.Helper()
 	tls := kubeConfig.TLSClientConfig
 	config := clientcmdapi.NewConfig()
 	config.Clusters["c"] = &clientcmdapi.Cluster{
 		Server: "https://" + g.listener.Addr().String(), CertificateAuthorityData: tls.CAData, CertificateAuthority: tls.CAFile,
 	}
-	config.AuthInfos["u"] = &clientcmdapi.AuthInfo{
-		ClientCertificateData: tls.CertData, ClientCertificate: tls.CertFile, ClientKeyData: tls.KeyData, ClientKey: tls.KeyFile,
-	}
+	config.AuthInfos["u"] = user
 	config.Contexts["x"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "u"}
 	config.CurrentContext = "x"
 	path := filepath.Join(t.TempDir(), "kubeconfig")
