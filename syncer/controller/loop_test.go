@@ -13,6 +13,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -94,6 +95,19 @@ func (w *world) run(config Config) (stop func() error) {
 		cancel()
 		return <-ended
 	}
+}
+
+// secret is a Secret; nil: there is none.
+func (w *world) secret(name string) *corev1.Secret {
+	w.t.Helper()
+	s, err := w.kube.CoreV1().Secrets("site").Get(w.t.Context(), name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s
 }
 
 func (w *world) status() v1alpha1.Status {

@@ -74,29 +74,18 @@ func TestPeers(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		secret := func() *corev1.Secret {
-			t.Helper()
-			s, err := w.kube.CoreV1().Secrets("site").Get(t.Context(), PeersSecret, metav1.GetOptions{})
-			if apierrors.IsNotFound(err) {
-				return nil
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			return s
-		}
 		renew("node-a", "192.0.2.1:5051")
 		renew("node-b", "[2001:db8::2]:5051")
 		renew("node-c", "")
 		stop := w.run(w.config)
 		time.Sleep(10 * time.Second)
-		if secret() != nil || len(w.told().Peers) > 0 {
+		if w.secret(PeersSecret) != nil || len(w.told().Peers) > 0 {
 			t.Error("on by default")
 		}
 
 		w.setSpec(`{"nodeCache": {"peers": true}}`)
 		time.Sleep(resyncInterval + 10*time.Second)
-		first := secret()
+		first := w.secret(PeersSecret)
 		if first == nil || !peersAreGood(first.Data, time.Now()) || len(first.Data) != 3 || first.OwnerReferences[0].UID != "u-1" {
 			t.Fatalf("Secret: %+v", first)
 		}
@@ -113,7 +102,7 @@ func TestPeers(t *testing.T) {
 		if diff := cmp.Diff(want[:1], w.told().Peers); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
-		if diff := cmp.Diff(first, secret()); diff != "" {
+		if diff := cmp.Diff(first, w.secret(PeersSecret)); diff != "" {
 			t.Errorf("written again: %s", diff)
 		}
 		if err := stop(); err != nil {
@@ -123,12 +112,12 @@ func TestPeers(t *testing.T) {
 		time.Sleep(500 * 24 * time.Hour)
 		stop = w.run(w.config)
 		time.Sleep(10 * time.Second)
-		if now := secret(); !peersAreGood(now.Data, time.Now()) || bytes.Equal(now.Data[keyCA], first.Data[keyCA]) {
+		if now := w.secret(PeersSecret); !peersAreGood(now.Data, time.Now()) || bytes.Equal(now.Data[keyCA], first.Data[keyCA]) {
 			t.Error("not renewed")
 		}
 		w.setSpec(`{"nodeCache": {}}`)
 		time.Sleep(resyncInterval + 10*time.Second)
-		if secret() != nil || len(w.told().Peers) > 0 {
+		if w.secret(PeersSecret) != nil || len(w.told().Peers) > 0 {
 			t.Error("it stays though peers are off")
 		}
 		// One of that name that is somebody else's.
@@ -137,7 +126,7 @@ func TestPeers(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(resyncInterval + 10*time.Second)
-		if secret() == nil {
+		if w.secret(PeersSecret) == nil {
 			t.Error("removed what is somebody else's")
 		}
 		if err := stop(); err != nil {

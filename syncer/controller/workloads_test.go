@@ -280,20 +280,9 @@ func TestNodeToken(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		secret := func(name string) *corev1.Secret {
-			t.Helper()
-			s, err := w.kube.CoreV1().Secrets("site").Get(t.Context(), name, metav1.GetOptions{})
-			if apierrors.IsNotFound(err) {
-				return nil
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			return s
-		}
 		file := func() (f clienttoken.File, there bool) {
 			t.Helper()
-			content, there := secret(ReplicaSecret).Data["_nodes.json"]
+			content, there := w.secret(ReplicaSecret).Data["_nodes.json"]
 			if there {
 				if err := json.Unmarshal(content, &f); err != nil {
 					t.Fatal(err)
@@ -316,7 +305,7 @@ func TestNodeToken(t *testing.T) {
 		add("two-again", "registry.shop.example/team/two:2")
 		time.Sleep(3 * fleetInterval)
 		want := []v1alpha1.Scope{{Repositories: []string{"team/one", "team/two"}, Actions: []v1alpha1.Action{"content/read", "metadata/read"}}}
-		first := secret(PrefetchSecret)
+		first := w.secret(PrefetchSecret)
 		f, _ := file()
 		if diff := cmp.Diff(want, f.ScopeMap); diff != "" || first == nil {
 			t.Fatalf("Secret %v, -want +got:\n%s", first, diff)
@@ -344,13 +333,13 @@ func TestNodeToken(t *testing.T) {
 		}
 		time.Sleep(resyncInterval + 10*time.Second)
 		f, _ = file()
-		if s := secret(PrefetchSecret); s == nil || string(s.Data["password"]) == string(first.Data["password"]) || !clienttoken.PasswordMatches(f.Passwords[0], string(s.Data["password"])) || len(f.Passwords) != 1 {
+		if s := w.secret(PrefetchSecret); s == nil || string(s.Data["password"]) == string(first.Data["password"]) || !clienttoken.PasswordMatches(f.Passwords[0], string(s.Data["password"])) || len(f.Passwords) != 1 {
 			t.Errorf("not made anew: %v", s)
 		}
 
 		w.setSpec(`{"anonymousPull": true}`)
 		time.Sleep(resyncInterval + 10*time.Second)
-		if _, there := file(); there || secret(PrefetchSecret) != nil {
+		if _, there := file(); there || w.secret(PrefetchSecret) != nil {
 			t.Error("nodes keep a credential that they need no more")
 		}
 		if err := stop(); err != nil {
