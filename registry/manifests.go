@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/connected-registry/connected-registry/storage"
 )
@@ -33,6 +34,9 @@ type descriptor struct {
 	Size      int64         `json:"size"`
 	URLs      []string      `json:"urls"`
 }
+
+// parallelLooks is how many blobs of a manifest are looked for at once.
+const parallelLooks = 8
 
 // putManifest stores a manifest under a tag or a digest.
 func (s *Server) putManifest(w http.ResponseWriter, r *http.Request, repo storage.Repository, ref string, who caller) error {
@@ -303,18 +307,26 @@ func (m *manifest) checkBlobs(ctx context.Context, repo storage.Repository) erro
 	if m.Config == nil {
 		return nil
 	}
+	g, failed := errgroup.WithContext(context.WithoutCancel(ctx))
+	g.SetLimit(parallelLooks)
 	for _, d := range append(m.Layers[:len(m.Layers):len(m.Layers)], *m.Config) {
-		_, err := repo.UseLayer(ctx, d.Digest)
-		if err == nil {
-			continue
+		if failed.Err() != nil {
+			break
 		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if len(d.URLs) == 0 {
-			return errManifestBlobUnknown.because("blob %s, which the manifest refers to, is not in the repository", d.Digest).
-				with(map[string]string{"digest": d.Digest.String()})
-		}
+		g.Go(func() error { return d.check(ctx, repo) })
 	}
-	return nil
+	return g.Wait()
+}
+
+// check makes sure that one blob is in the repository, or to be had elsewhere.
+func (d descriptor) check(ctx context.Context, repo storage.Repository) error {
+	_, err := repo.UseLayer(ctx, d.Digest)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if len(d.URLs) > 0 {
+		return nil
+	}
+	return errManifestBlobUnknown.because("blob %s, which the manifest refers to, is not in the repository", d.Digest).
+		with(map[string]string{"digest": d.Digest.String()})
 }

@@ -19,6 +19,9 @@ import (
 // requests that makes is bounded elsewhere.
 const parallelRepositories = 8
 
+// parallelLooks is how many of an image's blobs are looked for at once.
+const parallelLooks = 8
+
 // imagesAhead is out of how many of a repository's images the one that lacks
 // least is brought first.
 const imagesAhead = 16
@@ -318,20 +321,30 @@ func (r *repository) whole(ctx context.Context, d digest.Digest, wanted platform
 		// it will say so.
 		return false, storageError(err)
 	}
+	g, missing := errgroup.WithContext(context.WithoutCancel(ctx))
+	g.SetLimit(parallelLooks)
 	for _, blob := range img.blobs {
+		if missing.Err() != nil {
+			break
+		}
 		if r.isSeen(blob.Digest) {
 			continue
 		}
-		ok, err := r.run.store.hasBlob(ctx, r.name, blob)
-		if err != nil {
-			return false, storageError(err)
-		}
-		if !ok {
-			return false, nil
-		}
-		r.arrived(blob.Digest)
+		g.Go(func() error {
+			ok, err := r.run.store.hasBlob(ctx, r.name, blob)
+			if err == nil && !ok {
+				err = errNotHere
+			}
+			if err == nil {
+				r.arrived(blob.Digest)
+			}
+			return err
+		})
 	}
-	return true, nil
+	if err := g.Wait(); !errors.Is(err, errNotHere) {
+		return err == nil, storageError(err)
+	}
+	return false, nil
 }
 
 // storageError is err if the storage is at fault, nil if the content is.
