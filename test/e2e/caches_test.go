@@ -36,14 +36,14 @@ const (
 // caches are what the caches of nodes are tested with.
 type caches struct {
 	*world
-	everywhere, one         string // prefetched by the resource, by repository and tag
-	workload, other, secret string // and by workloads
+	everywhere, one               string // prefetched by the resource, by repository and tag
+	workload, other, kept, secret string // and by workloads
 }
 
 // testCaches has nodes prefetch, and ask one another.
 func (w *world) testCaches(t *testing.T) {
 	take := func() string { return "hello-world:" + w.parent.take() }
-	c := &caches{w, take(), take(), take(), take(), take()}
+	c := &caches{w, take(), take(), take(), take(), take(), take()}
 	w.parent.pushLayers(t, "slow:1", slowSize)
 	w.parent.pushLayers(t, "wave:1", slices.Repeat([]int{waveSize}, waveLayers)...)
 	for i := range lostAttempts {
@@ -68,15 +68,25 @@ nodeCache: {peers: true, prefetchWorkloads: true, prefetchBandwidth: %d}
 }
 
 // testPrefetch has workloads without a pod want images, and waits until every
-// node has those that are meant for it.
+// node has those that are meant for it. The second node has a taint, which all
+// tolerate but one.
 func (c *caches) testPrefetch(t *testing.T) {
+	const tolerant = "tolerations: [{key: e2e, operator: Exists}]"
 	first, second := c.c.Nodes()[0], c.c.Nodes()[1]
+	kubectl(t, c.c, "taint", "node", second.Name(), "e2e=kept:NoSchedule")
+	t.Cleanup(func() { // after the workloads are gone
+		if out, err := c.c.Kubectl(context.Background(), "taint", "node", second.Name(), "e2e-"); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
 	c.wanted(t, "apps/v1", "Deployment", "everywhere", "{replicas: 0, selector: {matchLabels: {a: b}}, template: {metadata: {labels: {a: b}}, spec: %s}}",
-		parentHost+"/"+c.workload, "{}", parentHost+"/slow:1")
+		parentHost+"/"+c.workload, tolerant, parentHost+"/slow:1")
 	c.wanted(t, "apps/v1", "Deployment", "private", "{replicas: 0, selector: {matchLabels: {c: d}}, template: {metadata: {labels: {c: d}}, spec: %s}}",
-		c.host+"/"+c.secret, "{}", "")
+		c.host+"/"+c.secret, tolerant, "")
 	c.wanted(t, "batch/v1", "CronJob", "second", "{suspend: true, schedule: '0 0 1 1 *', jobTemplate: {spec: {template: {spec: %s}}}}",
-		parentHost+"/"+c.other, "{kubernetes.io/hostname: "+second.Name()+"}", "")
+		parentHost+"/"+c.other, tolerant+", nodeSelector: {kubernetes.io/hostname: "+second.Name()+"}", "")
+	c.wanted(t, "apps/v1", "Deployment", "kept", "{replicas: 0, selector: {matchLabels: {e: f}}, template: {metadata: {labels: {e: f}}, spec: %s}}",
+		parentHost+"/"+c.kept, "tolerations: []", "")
 	// The next leader looks at once, and the one that is there within a minute.
 	kubectl(t, c.c, "delete", "pod", "-n", Namespace, "-l", "app.kubernetes.io/name=connected-registry-syncer")
 
@@ -90,6 +100,9 @@ func (c *caches) testPrefetch(t *testing.T) {
 		if n.Name() == first.Name() || n.Name() == second.Name() {
 			want++
 		}
+		if n.Name() != second.Name() {
+			want++ // the intolerant workload's
+		}
 		eventually(t, func() error {
 			present, missing := c.sum(t, n, `prefetch_images{state="present"}`), c.sum(t, n, `prefetch_images{state="missing"}`)
 			if present != float64(want) || missing != 0 {
@@ -100,12 +113,12 @@ func (c *caches) testPrefetch(t *testing.T) {
 	}
 }
 
-// wanted makes a workload that bears the label. more are images that its pods do
-// not name.
-func (c *caches) wanted(t *testing.T, version, kind, name, spec, image, selector, more string) {
+// wanted makes a workload that bears the label. where is of the pods' fields that
+// say where they run. more are images that they do not name.
+func (c *caches) wanted(t *testing.T, version, kind, name, spec, image, where, more string) {
 	t.Helper()
-	pod := fmt.Sprintf("{restartPolicy: %s, nodeSelector: %s, containers: [{name: main, image: %q}]}",
-		map[string]string{"Deployment": "Always", "CronJob": "Never"}[kind], selector, image)
+	pod := fmt.Sprintf("{restartPolicy: %s, %s, containers: [{name: main, image: %q}]}",
+		map[string]string{"Deployment": "Always", "CronJob": "Never"}[kind], where, image)
 	apply(t, c.c, fmt.Sprintf("{apiVersion: %s, kind: %s, metadata: {name: %s, namespace: %s, labels: {connectedregistry.io/prefetch: 'true'}, annotations: {connectedregistry.io/prefetch-images: %q}}, spec: %s}",
 		version, kind, name, pullers, more, fmt.Sprintf(spec, pod)))
 	t.Cleanup(func() {
@@ -362,7 +375,7 @@ func (c *caches) testRegistryStopped(t *testing.T) {
 	}
 	start(t, c.c, pods...)
 	succeed(t, c.c, pods...)
-	for n, image := range map[*cluster.Node]string{first: c.other, second: c.one} {
+	for image, n := range map[string]*cluster.Node{c.other: first, c.one: second, c.kept: second} {
 		if err := pull(t.Context(), n, parentHost+"/"+image, ""); err == nil {
 			t.Errorf("%s has %s, which was not meant for it", n.Name(), image)
 		}
