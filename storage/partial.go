@@ -2,7 +2,6 @@ package storage
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash"
@@ -16,7 +15,6 @@ import (
 	"sync"
 	"time"
 
-	storagedriver "github.com/distribution/distribution/v3/registry/storage/driver"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
@@ -27,18 +25,9 @@ const partialDir = "partial"
 
 const stateSuffix = ".state"
 
-// ErrBusy is wrapped by the error for a Partial that somebody else has open, here
-// or on another machine.
+// ErrBusy is wrapped by the error for a Partial or an upload that somebody else
+// writes to, here or on another machine.
 var ErrBusy = errors.New("it is being written by another")
-
-// StoreOf returns the Store that a driver belongs to, nil when it belongs to
-// none.
-func StoreOf(d storagedriver.StorageDriver) *Store {
-	if d, ok := d.(*driver); ok {
-		return d.store
-	}
-	return nil
-}
 
 // Partial is content on its way into the store. It comes in chunks, which may be
 // written at once by one goroutine each, in any order; the digest is computed in
@@ -67,25 +56,12 @@ type Partial struct {
 	hashErr error         // to be read when hashed is closed
 }
 
-// mark says what is there of a chunk.
-type mark struct {
-	n     int64  // bytes, from the beginning of the chunk
-	sum   uint32 // their CRC-32C
-	saved int64  // how many of them the state file tells of
-	when  time.Time
-}
-
 // A chunk's mark is saved when so many bytes have come since, or so much time
 // has passed: what a kill can cost.
 const (
 	saveBytes = 64 << 10
 	saveTime  = 50 * time.Millisecond
 )
-
-// maxChunks bounds what the size that a manifest claims can make us remember.
-const maxChunks = 1 << 16
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // OpenPartial opens the content of d, of size bytes, for writing in chunks of the
 // given size, or of the size that it was begun with. It reads, and compares with
@@ -159,76 +135,7 @@ func (s *Store) lockPartial(d digest.Digest) (*os.File, error) {
 	}
 }
 
-// The state file is a head (magic, size, chunk, CRC-32C of these) and one record
-// for each chunk (n, sum, CRC-32C of these), big endian; sizes that keep each
-// record within one sector.
-const (
-	stateMagic = "CRpart01"
-	headSize   = 32
-	recordSize = 16
-)
-
-func (p *Partial) head() []byte {
-	b := make([]byte, headSize)
-	copy(b, stateMagic)
-	binary.BigEndian.PutUint64(b[8:], uint64(p.size))
-	binary.BigEndian.PutUint64(b[16:], uint64(p.chunk))
-	binary.BigEndian.PutUint32(b[24:], crc32.Checksum(b[:24], castagnoli))
-	return b
-}
-
-// recall finds out what is there from before.
-func (p *Partial) recall() error {
-	state, err := io.ReadAll(io.LimitReader(p.state, headSize+(maxChunks+1)*recordSize))
-	if err != nil {
-		return err
-	}
-	if len(state) >= headSize {
-		// The chunks are those that it was begun with.
-		chunk := p.chunk
-		p.chunk = int64(binary.BigEndian.Uint64(state[16:]))
-		if p.chunk < 1 || p.size/p.chunk >= maxChunks || string(p.head()) != string(state[:headSize]) {
-			p.chunk, state = chunk, nil
-		}
-	}
-	p.marks = make([]mark, (p.size+p.chunk-1)/p.chunk)
-	if len(state) < headSize {
-		if err := errors.Join(p.state.Truncate(0), p.data.Truncate(0)); err != nil {
-			return err
-		}
-		_, err := p.state.WriteAt(p.head(), 0)
-		return err
-	}
-	records := state[headSize:]
-	buf := make([]byte, bufferSize)
-	for i := range p.marks {
-		if len(records) < recordSize {
-			break
-		}
-		n, sum := int64(binary.BigEndian.Uint64(records)), binary.BigEndian.Uint32(records[8:])
-		right := crc32.Checksum(records[:12], castagnoli) == binary.BigEndian.Uint32(records[12:])
-		records = records[recordSize:]
-		if right && n > 0 && n <= p.length(i) && p.checksum(i, n, buf) == sum {
-			p.marks[i] = mark{n: n, sum: sum, saved: n}
-		}
-	}
-	return nil
-}
-
 const bufferSize = 256 << 10
-
-// checksum is that of the first n bytes of a chunk; of fewer if they cannot be
-// read, which is as good as wrong.
-func (p *Partial) checksum(chunk int, n int64, buf []byte) (sum uint32) {
-	r := io.NewSectionReader(p.data, int64(chunk)*p.chunk, n)
-	for {
-		m, err := r.Read(buf)
-		sum = crc32.Update(sum, castagnoli, buf[:m])
-		if err != nil {
-			return sum
-		}
-	}
-}
 
 // length is how many bytes a chunk has when it is whole.
 func (p *Partial) length(chunk int) int64 {
@@ -281,15 +188,6 @@ func (p *Partial) Write(chunk int, b []byte) error {
 	p.marks[chunk] = m
 	p.mu.Unlock()
 	p.more.Broadcast()
-	return err
-}
-
-func (p *Partial) save(chunk int, m mark) error {
-	var record [recordSize]byte
-	binary.BigEndian.PutUint64(record[:], uint64(m.n))
-	binary.BigEndian.PutUint32(record[8:], m.sum)
-	binary.BigEndian.PutUint32(record[12:], crc32.Checksum(record[:12], castagnoli))
-	_, err := p.state.WriteAt(record[:], headSize+int64(chunk)*recordSize)
 	return err
 }
 

@@ -205,3 +205,12 @@ func (driverFactory) Create(_ context.Context, parameters map[string]any) (stora
 	}
 	return d, nil
 }
+
+// StoreOf returns the Store that a driver belongs to, nil when it belongs to
+// none.
+func StoreOf(d storagedriver.StorageDriver) *Store {
+	if d, ok := d.(*driver); ok {
+		return d.store
+	}
+	return nil
+}

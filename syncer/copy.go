@@ -2,183 +2,18 @@ package syncer
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 )
-
-// parallelRepositories is how many repositories are looked at at once. How many
-// requests that makes is bounded elsewhere.
-const parallelRepositories = 8
-
-// parallelLooks is how many of an image's blobs are looked for at once.
-const parallelLooks = 8
 
 // imagesAhead is out of how many of a repository's images the one that lacks
 // least is brought first.
 const imagesAhead = 16
-
-// run is one synchronisation.
-type run struct {
-	origins   []*origin
-	store     *store
-	fetcher   *fetcher
-	referrers bool
-	// removing: tags that are not wanted are removed; see removalRules for
-	// maxRemovals, a percentage, and manual.
-	removing    bool
-	maxRemovals int
-	manual      bool
-	// silentBefore are the repositories of which the parent listed no tag in
-	// the synchronisation before.
-	silentBefore map[string]bool
-	// checked remembers when the referrers of unchanged images were asked for;
-	// see checks.
-	checked  *checks
-	progress func(Event) // may be nil
-	log      *slog.Logger
-	// etags remembers what parents call what tags stand for; see etags.
-	etags *etags
-	// clients: they write tags, too, which the journal tells of.
-	clients bool
-	// urgent: somebody waits for what this brings.
-	urgent bool
-	// err is why removals could not be looked for.
-	err error
-
-	mu           sync.Mutex
-	repositories []*repository // sorted by name
-	blobsFetched int
-	blobsLinked  int
-	tagsUpdated  int
-	tagsRemoved  int
-}
-
-// repository is one repository during a synchronisation.
-type repository struct {
-	run       *run
-	parent    *parent
-	name      string // here
-	remote    string // at the parent
-	selection selection
-
-	// listed and listErr are what the parent lists as tags, asked once.
-	list    sync.Once
-	listed  []string
-	listErr error
-	empty   atomic.Bool // the parent lists none
-
-	mu       sync.Mutex
-	wanted   int
-	present  int
-	left     map[digest.Digest]int64 // blobs known to be missing here
-	seen     map[digest.Digest]bool  // blobs known to be here
-	subjects map[digest.Digest]bool  // manifests whose referrers were brought
-	err      error
-	more     int    // errors after the first
-	held     string // why tags that are not wanted stay
-}
-
-func (r *run) newRepository(o *origin, name, remote string, part selection, err error) *repository {
-	return &repository{
-		run:       r,
-		parent:    o.parent,
-		name:      name,
-		remote:    remote,
-		selection: part,
-		left:      make(map[digest.Digest]int64),
-		seen:      make(map[digest.Digest]bool),
-		subjects:  make(map[digest.Digest]bool),
-		err:       err,
-	}
-}
-
-// sync carries out the synchronisation. Its outcome is in the repositories.
-func (r *run) sync(ctx context.Context) {
-	var found []*repository
-	for _, repo := range r.find(ctx) {
-		if err := repo.problem(); err != nil {
-			r.event(Event{Kind: EventFailed, Repository: repo.name, Err: err})
-			continue
-		}
-		found = append(found, repo)
-	}
-	var g errgroup.Group
-	g.SetLimit(parallelRepositories)
-	for _, repo := range found {
-		g.Go(func() error { repo.sync(ctx); return nil })
-	}
-	_ = g.Wait()
-	if r.removing && r.unasked() == nil && ctx.Err() == nil {
-		r.removeUnselected(ctx)
-	}
-}
-
-// event tells of something, and counts it.
-func (r *run) event(e Event) {
-	r.mu.Lock()
-	switch {
-	case e.Kind == EventTagged:
-		r.tagsUpdated++
-	case e.Kind == EventRemoved:
-		r.tagsRemoved++
-	case e.Kind == EventBlob && e.Linked:
-		r.blobsLinked++
-	case e.Kind == EventBlob:
-		r.blobsFetched++
-	}
-	r.mu.Unlock()
-	if r.progress != nil {
-		r.progress(e)
-	}
-}
-
-// fail records why a repository is not complete.
-func (r *repository) fail(err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.err == nil {
-		r.err = err
-	} else if r.err.Error() != err.Error() {
-		r.more++
-	}
-}
-
-// failTag records why a tag is not as it should be: err, which full says
-// together with the tag.
-func (r *repository) failTag(tag string, err, full error) {
-	r.fail(full)
-	r.run.event(Event{Kind: EventFailed, Repository: r.name, Tag: tag, Err: err})
-}
-
-// problem is why a repository is not complete, in one line, nil when it is.
-func (r *repository) problem() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.err == nil || r.more == 0 {
-		return r.err
-	}
-	return fmt.Errorf("%w (and %d more)", r.err, r.more)
-}
-
-func (r *repository) result() RepositoryResult {
-	err := r.problem()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	res := RepositoryResult{Name: r.name, TagsWanted: r.wanted, TagsPresent: r.present, Held: r.held, Err: err}
-	for _, size := range r.left {
-		res.BytesLeft += size
-	}
-	return res
-}
 
 // sync brings what is wanted of a repository and not here.
 func (r *repository) sync(ctx context.Context) {
@@ -277,96 +112,6 @@ func (r *repository) tags(ctx context.Context) ([]string, error) {
 	return r.listed, r.listErr
 }
 
-// inventory finds out what is here of what is wanted. That a tag stands for the
-// right digest does not prove that everything below is here: storage takes away
-// what it finds to be corrupt, and other programs collect garbage.
-//
-// The price of looking is bounded by what is stored, not by tags times layers:
-// in one synchronisation a manifest is read once for each repository and set of
-// platforms, and a blob is looked up once for each repository (one link read,
-// one stat). Nothing is asked of the parent, and no content is read.
-func (r *repository) inventory(ctx context.Context, wanted []want) (map[string]have, error) {
-	here := make(map[string]have)
-	whole := make(map[string]bool)
-	for _, w := range wanted {
-		if w.err != nil {
-			continue
-		}
-		d, err := r.run.store.tag(ctx, r.name, w.tag)
-		if err != nil {
-			return nil, err
-		}
-		key := w.platforms.key(w.digest)
-		if _, ok := whole[key]; !ok {
-			if whole[key], err = r.whole(ctx, w.digest, w.platforms); err != nil {
-				return nil, err
-			}
-		}
-		here[w.tag] = have{digest: d, whole: whole[key]}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-	}
-	return here, nil
-}
-
-// whole reports whether everything that a manifest needs is in the repository.
-func (r *repository) whole(ctx context.Context, d digest.Digest, wanted platforms) (bool, error) {
-	img, err := walk(ctx, d, wanted, r.stored)
-	if errors.Is(err, errNotHere) {
-		return false, nil
-	}
-	if err != nil {
-		// An index without the wanted platforms, or with a wrong size: copying
-		// it will say so.
-		return false, storageError(err)
-	}
-	g, missing := errgroup.WithContext(context.WithoutCancel(ctx))
-	g.SetLimit(parallelLooks)
-	for _, blob := range img.blobs {
-		if missing.Err() != nil {
-			break
-		}
-		if r.isSeen(blob.Digest) {
-			continue
-		}
-		g.Go(func() error {
-			ok, err := r.run.store.hasBlob(ctx, r.name, blob)
-			if err == nil && !ok {
-				err = errNotHere
-			}
-			if err == nil {
-				r.arrived(blob.Digest)
-			}
-			return err
-		})
-	}
-	if err := g.Wait(); !errors.Is(err, errNotHere) {
-		return err == nil, storageError(err)
-	}
-	return false, nil
-}
-
-// storageError is err if the storage is at fault, nil if the content is.
-func storageError(err error) error {
-	if _, ok := errors.AsType[errContent](err); ok {
-		return nil
-	}
-	if _, ok := errors.AsType[errSize](err); ok {
-		return nil
-	}
-	return err
-}
-
-// stored is the source of manifests that are in the repository.
-func (r *repository) stored(ctx context.Context, d digest.Digest) (manifest, bool, error) {
-	m, ok, err := r.run.store.manifest(ctx, r.name, d)
-	if err == nil && !ok {
-		err = errNotHere
-	}
-	return m, true, err
-}
-
 // anywhere is the source of manifests that asks the parent for those that are
 // not in the repository.
 func (r *repository) anywhere(ctx context.Context, d digest.Digest) (manifest, bool, error) {
@@ -375,19 +120,6 @@ func (r *repository) anywhere(ctx context.Context, d digest.Digest) (manifest, b
 	}
 	m, err := r.parent.manifest(ctx, r.remote, d)
 	return m, false, err
-}
-
-func (r *repository) isSeen(d digest.Digest) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.seen[d]
-}
-
-func (r *repository) arrived(d digest.Digest) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.seen[d] = true
-	delete(r.left, d)
 }
 
 // syncGroup does what is to be done for the tags that stand for one digest.
@@ -516,28 +248,4 @@ func (r *repository) bring(ctx context.Context, img image) error {
 		}
 	}
 	return nil
-}
-
-// missing are those of an image's blobs that are not known to be here.
-func (r *repository) missing(blobs []v1.Descriptor) []Blob {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var missing []Blob
-	for _, blob := range blobs {
-		if !r.seen[blob.Digest] {
-			missing = append(missing, Blob{blob.Digest.String(), blob.Size})
-		}
-	}
-	return missing
-}
-
-// expect takes note of blobs that are about to be brought.
-func (r *repository) expect(blobs []v1.Descriptor) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, blob := range blobs {
-		if !r.seen[blob.Digest] {
-			r.left[blob.Digest] = blob.Size
-		}
-	}
 }
