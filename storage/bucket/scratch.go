@@ -51,6 +51,6 @@ func (s scratch) find(name, prefix string) (Unfinished, bool) {
 }
 
 // begin only names the upload.
-func (s scratch) begin(_ context.Context, key string, _ map[string]string) (string, error) {
+func (s scratch) begin(_ context.Context, key string, _ map[string]string) (string, error) { //nolint:unparam // as other stores begin
 	return newUpload(strings.TrimPrefix(key, s.prefix)), nil
 }
