@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"time"
 )
 
 // AzureAccount is the storage account of an Azurite.
@@ -40,8 +39,7 @@ func StartAzurite(ctx context.Context, data string) (*Server, error) {
 		cmd.Env = append(os.Environ(), "AZURITE_ACCOUNTS="+AzureAccount+":"+AzureKey)
 		return cmd
 	}
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	s.ready = answers(client, s.URL+"?comp=list", http.StatusForbidden)
+	s.ready = answers(newClient(nil), s.URL+"?comp=list", http.StatusForbidden)
 	if err := s.start(ctx); err != nil {
 		return nil, fmt.Errorf("Azurite: %w", err)
 	}

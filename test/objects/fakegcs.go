@@ -2,12 +2,12 @@ package objects
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"os/exec"
 	"strings"
-	"time"
 )
 
 // StartFakeGCS starts a fake-gcs-server that has a bucket, in memory.
@@ -28,18 +28,20 @@ func StartFakeGCS(ctx context.Context, bucket string) (*Server, error) {
 	s.command = func() *exec.Cmd {
 		return exec.Command(program, "-scheme", "http", "-backend", "memory", "-host", host, "-port", port, "-public-host", address, "-log-level", "error")
 	}
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := newClient(nil)
 	s.ready = answers(client, s.URL+"/storage/v1/b?project=test", http.StatusOK)
 	if err := s.start(ctx); err != nil {
 		return nil, fmt.Errorf("fake-gcs-server: %w", err)
 	}
 	r, err := client.Post(s.URL+"/storage/v1/b?project=test", "application/json", strings.NewReader(`{"name":"`+bucket+`"}`))
-	if err != nil {
-		return nil, err
+	if err == nil {
+		r.Body.Close()
+		if r.StatusCode != http.StatusOK {
+			err = fmt.Errorf("fake-gcs-server: making the bucket: %s", r.Status)
+		}
 	}
-	defer r.Body.Close()
-	if r.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("fake-gcs-server: making the bucket: %s", r.Status)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }

@@ -2,14 +2,12 @@ package objects
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"time"
 )
 
 // The credentials of a MinIO.
@@ -45,26 +43,22 @@ func (m MinIO) Start(ctx context.Context) (*Server, error) {
 			return nil, err
 		}
 	}
-	for _, b := range m.Buckets {
-		if err := os.MkdirAll(filepath.Join(m.Data, b), 0o755); err != nil {
-			return nil, err
-		}
+	if err := makeBuckets(m.Data, m.Buckets); err != nil {
+		return nil, err
 	}
 	s := &Server{URL: "http://" + address, CA: m.CA}
-	certificates, client := filepath.Join(m.Data, ".no-certificates"), &http.Client{Timeout: 5 * time.Second}
+	certificates := filepath.Join(m.Data, ".no-certificates")
+	var roots *x509.CertPool
 	if m.Certificates != "" {
 		certificates, s.URL = m.Certificates, "https://"+address
 		pem, err := os.ReadFile(m.CA)
 		if err != nil {
 			return nil, err
 		}
-		roots := x509.NewCertPool()
+		roots = x509.NewCertPool()
 		roots.AppendCertsFromPEM(pem)
-		client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}
-	} else {
-		client.Transport = &http.Transport{DisableKeepAlives: true}
 	}
-	s.ready = answers(client, s.URL+"/minio/health/cluster", http.StatusOK)
+	s.ready = answers(newClient(roots), s.URL+"/minio/health/cluster", http.StatusOK)
 	s.command = func() *exec.Cmd {
 		cmd := exec.Command(program, "server", "--quiet", "--certs-dir", certificates, "--address", address, m.Data)
 		cmd.Env = append(os.Environ(), "MINIO_ROOT_USER="+AccessKeyID, "MINIO_ROOT_PASSWORD="+SecretAccessKey,

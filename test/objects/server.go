@@ -3,6 +3,8 @@ package objects
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -95,6 +97,25 @@ func (s *Server) Restart(ctx context.Context) error { return s.start(ctx) }
 // Close ends the server.
 func (s *Server) Close() error {
 	s.Kill()
+	return nil
+}
+
+// newClient asks a server that may go away: each time over a new connection. Roots
+// are those that sign for it, nil for plain HTTP.
+func newClient(roots *x509.CertPool) *http.Client {
+	return &http.Client{
+		Timeout:   5 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true},
+	}
+}
+
+// makeBuckets makes directories of buckets, where a server keeps them as such.
+func makeBuckets(data string, names []string) error {
+	for _, name := range names {
+		if err := os.MkdirAll(filepath.Join(data, name), 0o755); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

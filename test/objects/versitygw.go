@@ -6,8 +6,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"time"
 )
 
 // StartVersityGW starts a Versity S3 Gateway, which keeps buckets as directories
@@ -21,10 +19,8 @@ func StartVersityGW(ctx context.Context, data string, buckets ...string) (*Serve
 	if err != nil {
 		return nil, err
 	}
-	for _, b := range buckets {
-		if err := os.MkdirAll(filepath.Join(data, b), 0o755); err != nil {
-			return nil, err
-		}
+	if err := makeBuckets(data, buckets); err != nil {
+		return nil, err
 	}
 	s := &Server{URL: "http://" + address}
 	s.command = func() *exec.Cmd {
@@ -32,7 +28,7 @@ func StartVersityGW(ctx context.Context, data string, buckets ...string) (*Serve
 		cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKeyID, "ROOT_SECRET_KEY="+SecretAccessKey)
 		return cmd
 	}
-	s.ready = answers(&http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}, s.URL+"/health", http.StatusOK)
+	s.ready = answers(newClient(nil), s.URL+"/health", http.StatusOK)
 	if err := s.start(ctx); err != nil {
 		return nil, fmt.Errorf("Versity S3 Gateway: %w", err)
 	}
