@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -31,7 +32,7 @@ func startLoad(t *testing.T, s *site, l *ledger) *load {
 	seeder := newCrane(s)
 	defer seeder.close()
 	for ref, i := range work.images {
-		repository, tag := filepath.Dir(ref)+"/"+filepath.Base(ref[:len(ref)-2]), ref[len(ref)-1:]
+		repository, tag, _ := strings.Cut(ref, ":")
 		if err := seeder.push(t.Context(), i, repository, tag); err != nil {
 			t.Fatal(err)
 		}
