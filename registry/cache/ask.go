@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -41,7 +43,8 @@ type answer struct {
 	*http.Response
 	upstream *upstream
 	cancel   context.CancelCauseFunc
-	deadline time.Time // of the headers
+	deadline time.Time       // of the headers
+	conn     syscall.RawConn // nil: unknown
 }
 
 // left is how long the rest may take, so that who waits for it does not wait for
@@ -215,8 +218,8 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 		return nil, &unavailable{"timeout", fmt.Errorf("%s %w", up.name, errDown)}
 	}
 	defer done()
-	var connected atomic.Bool
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
+	var conn atomic.Pointer[net.Conn]
+	trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { conn.Store(&got.Conn) }}
 	began := up.health.begin()
 	timer := time.AfterFunc(budget, func() { cancel(errSlowHeaders) })
 	resp, err := up.client.Do(up.request(httptrace.WithClientTrace(ctx, trace), q))
@@ -228,7 +231,7 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 	if err != nil {
 		err := transportError(ctx, up, err)
 		if client.Err() == nil {
-			a.failed(up, q, err, budget, began, connected.Load())
+			a.failed(up, q, err, budget, began, conn.Load() != nil)
 		}
 		cancel(nil)
 		return nil, err
@@ -238,7 +241,7 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 		cancel(nil)
 		return nil, err
 	}
-	return &answer{Response: resp, upstream: up, cancel: cancel}, nil
+	return &answer{Response: resp, upstream: up, cancel: cancel, conn: rawConn(*conn.Load())}, nil
 }
 
 // failed takes note of a request that was not answered. Silence is the

@@ -54,6 +54,12 @@ func forget(f *os.File) {
 	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 }
 
+// unread returns how many bytes a connection has received that nobody has read.
+func unread(conn syscall.RawConn) (n int) {
+	_ = conn.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	return n
+}
+
 // accessTime returns the time of the last use in Unix seconds.
 func accessTime(fi fs.FileInfo) int64 {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {

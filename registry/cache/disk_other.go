@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"syscall"
 )
 
 // Nodes run Linux. Elsewhere the cache works without free-space accounting, for
@@ -19,6 +20,8 @@ func allocate(*os.File, int64, int64) error { return errors.ErrUnsupported }
 func idlePriority() {}
 
 func forget(*os.File) {}
+
+func unread(syscall.RawConn) int { return 0 }
 
 func accessTime(fi fs.FileInfo) int64 { return fi.ModTime().Unix() }
 

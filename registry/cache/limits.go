@@ -22,8 +22,13 @@ const (
 	// farther ahead is passed on, or it would be slower than without a cache.
 	farRange = 16 << 20
 
-	// fillChunk is read, hashed and written at a time.
-	fillChunk = 256 << 10
+	// fillChunk is the most that is read, hashed and written at a time: four TLS
+	// records, for the calls that one each would take. The kernel's page cache
+	// takes it in at less cost than smaller and larger pieces.
+	fillChunk = 64 << 10
+
+	// smallBlob is not worth preparations against a full disk or a crash.
+	smallBlob = 256 << 10
 
 	// stallMargin is how long after a stall its consequences are waited for.
 	stallMargin = 100 * time.Millisecond

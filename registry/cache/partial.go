@@ -152,7 +152,7 @@ func (s *store) unlockPartial(d digest.Digest) {
 func (p *partial) restore(from int64) error {
 	if from > 0 && from <= p.size {
 		c := p.store.readCheckpoint(p.digest)
-		_, err := io.CopyBuffer(p.hash, io.NewSectionReader(p.File, 0, from), make([]byte, fillChunk))
+		_, err := io.CopyBuffer(p.hash, io.NewSectionReader(p.File, 0, from), make([]byte, smallBlob))
 		if err == nil && c.Offset == from && string(p.state()) == string(c.State) {
 			p.offset, p.saved = from, from
 			p.onDisk(from)
@@ -180,7 +180,7 @@ func (p *partial) state() []byte {
 // before a reader depends on the file. Where that is not possible, it is taken
 // as the file grows.
 func (p *partial) preallocate() error {
-	if p.size-p.offset < fillChunk {
+	if p.size-p.offset < smallBlob {
 		return nil
 	}
 	err := allocate(p.File, p.offset, p.size-p.offset)
@@ -231,7 +231,7 @@ func (p *partial) verified() bool {
 // commit makes the verified file a blob of the store. It is renamed within
 // under, so that those who follow the file can be told its new name.
 func (p *partial) commit(under func(rename func() error) error) error {
-	if p.size >= fillChunk {
+	if p.size >= smallBlob {
 		p.save() // a crash while the data is flushed costs nothing
 	}
 	path := p.store.blobPath(p.digest)

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -94,6 +95,25 @@ type body struct {
 	count  func(n int)
 }
 
+// tlsRecord is the most bytes that a TLS record takes (RFC 8446, section 5.2).
+const tlsRecord = 5 + 1<<14 + 256
+
+// rawConn returns what is below conn; nil if it cannot be told.
+func rawConn(conn net.Conn) syscall.RawConn {
+	if secure, ok := conn.(*tls.Conn); ok {
+		conn = secure.NetConn()
+	}
+	plain, ok := conn.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := plain.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	return raw
+}
+
 // watch watches the body of ans, of which the first stretch may take as long as
 // patience, at most Stall.
 func (a *asker) watch(ans *answer, patience time.Duration) *body {
@@ -115,6 +135,12 @@ func (b *body) Read(p []byte) (int, error) {
 	began := time.Now()
 	b.timer.Reset(b.stall - b.waited)
 	n, err := b.Body.Read(p)
+	// TLS hands over a record at a time: take along what is here already.
+	for n < len(p) && err == nil && b.conn != nil && unread(b.conn) >= tlsRecord {
+		var more int
+		more, err = b.Body.Read(p[n:])
+		n += more
+	}
 	b.timer.Stop()
 	b.count(n)
 	b.waited += time.Since(began)
