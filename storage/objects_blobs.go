@@ -37,17 +37,8 @@ func (o *objects) openBlob(ctx context.Context, d digest.Digest) (Content, error
 // content reads a blob as it was found: what has taken its place meanwhile is
 // read only if that is known to be right.
 func (o *objects) content(ctx context.Context, d digest.Digest, found bucket.Attributes) *objectContent {
-	return newObjectContent(ctx, d.String(), found.Size, func(offset, length int64) (io.ReadCloser, error) {
-		body, at, err := o.bucket.Open(ctx, found.Key, offset, length)
-		if err != nil {
-			return nil, err
-		}
-		if at.Version != found.Version && at.Metadata[sealName] != d.String() {
-			body.Close()
-			return nil, fmt.Errorf("%s: %s was replaced while it was read", o.bucket, found.Key)
-		}
-		return body, nil
-	})
+	sealed := func(now bucket.Attributes) bool { return now.Metadata[sealName] == d.String() }
+	return newObjectContent(ctx, o.bucket, d.String(), found, sealed)
 }
 
 func (o *objects) statBlob(ctx context.Context, d digest.Digest) (size int64, v version, err error) {

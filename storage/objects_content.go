@@ -7,6 +7,8 @@ import (
 	"io"
 	"io/fs"
 	"time"
+
+	"github.com/connected-registry/connected-registry/storage/bucket"
 )
 
 // maxResumed is how many times in a row a body may break off without a byte
@@ -31,8 +33,21 @@ type objectContent struct {
 	closed bool
 }
 
-func newObjectContent(ctx context.Context, name string, size int64, open func(offset, length int64) (io.ReadCloser, error)) *objectContent {
-	return &objectContent{open: open, done: ctx.Done(), name: name, size: size}
+// newObjectContent reads an object as it was found. What has taken its place
+// meanwhile is read only if it is as good.
+func newObjectContent(ctx context.Context, b bucket.Bucket, name string, found bucket.Attributes, asGood func(now bucket.Attributes) bool) *objectContent {
+	open := func(offset, length int64) (io.ReadCloser, error) {
+		body, now, err := b.Open(ctx, found.Key, offset, length)
+		if err != nil {
+			return nil, err
+		}
+		if now.Version != found.Version && !asGood(now) {
+			body.Close()
+			return nil, fmt.Errorf("%s: %s was replaced while it was read", b, found.Key)
+		}
+		return body, nil
+	}
+	return &objectContent{open: open, done: ctx.Done(), name: name, size: found.Size}
 }
 
 // Size is that of the whole content, in bytes.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -89,14 +88,7 @@ func (d *bucketDriver) Reader(ctx context.Context, path string, offset int64) (i
 	if err != nil {
 		return nil, d.error(path, err)
 	}
-	c := newObjectContent(ctx, path, at.Size, func(offset, length int64) (io.ReadCloser, error) {
-		body, now, err := d.bucket.Open(ctx, at.Key, offset, length)
-		if err == nil && now.Version != at.Version {
-			body.Close()
-			return nil, fmt.Errorf("%s: %s was replaced while it was read", d.bucket, at.Key)
-		}
-		return body, err
-	})
+	c := newObjectContent(ctx, d.bucket, path, at, func(bucket.Attributes) bool { return false })
 	_, err = c.Seek(offset, io.SeekStart)
 	return c, err
 }
