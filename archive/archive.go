@@ -136,7 +136,7 @@ func (a *Archive) openDirectory(name string) ([]byte, error) {
 	}
 	f, err := root.Open(v1.ImageIndexFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errors.New("is not an image layout: it has no index.json")
+		return nil, errors.New("is not an image layout: it has no index.json: give what export wrote")
 	}
 	if err != nil {
 		return nil, err
@@ -189,7 +189,7 @@ func (a *Archive) openTar(name string) ([]byte, error) {
 		}
 	}
 	if index == nil {
-		return nil, errors.New("is not an image layout: it has no index.json: is it an export that did not end?")
+		return nil, errors.New("is not an image layout: it has no index.json: give what export wrote, after it has ended")
 	}
 	return index, nil
 }
@@ -199,7 +199,7 @@ func notAnArchive(f *os.File, err error) error {
 	if _, e := f.ReadAt(head, 0); e == nil && (bytes.HasPrefix(head, []byte{0x1f, 0x8b}) || bytes.Equal(head, []byte{0x28, 0xb5, 0x2f, 0xfd})) {
 		return errors.New("is compressed: unpack it first, for example with gunzip or unzstd")
 	}
-	return fmt.Errorf("is not a whole tar archive: %w", err)
+	return fmt.Errorf("is not a whole tar archive: %w: copy it once more, or give what export wrote", err)
 }
 
 func readBounded(r io.Reader) ([]byte, error) {
@@ -213,7 +213,7 @@ func readBounded(r io.Reader) ([]byte, error) {
 func (a *Archive) readIndex(data []byte) error {
 	var index v1.Index
 	if err := json.Unmarshal(data, &index); err != nil {
-		return errors.New("index.json is not an image index")
+		return errors.New("index.json is not an image index: give what export wrote")
 	}
 	a.repositories = make(map[string]*repository)
 	unnamed := 0

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
@@ -51,7 +52,10 @@ func Export(ctx context.Context, c ExportConfig) (ExportResult, error) {
 		return ExportResult{}, err
 	}
 	if len(w.index) == 0 {
-		return ExportResult{}, errors.New("nothing to export: the store holds no tag that is wanted")
+		return ExportResult{}, errors.New("nothing to export: the store holds no tag that is wanted: synchronise first, or name other repositories")
+	}
+	if err := replaceable(c.File); err != nil {
+		return ExportResult{}, err
 	}
 	out, err := openPartial(ctx, c.File+".partial")
 	if err != nil {
@@ -91,6 +95,23 @@ func Export(ctx context.Context, c ExportConfig) (ExportResult, error) {
 		return ExportResult{}, fmt.Errorf("the list of tags takes %d bytes, more than %d: export fewer at once", len(index), maxIndex)
 	}
 	return result, out.finish(index, c.File)
+}
+
+// replaceable refuses a file that is there and is no archive, such as a
+// configuration that was named by mistake.
+func replaceable(name string) error {
+	info, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode().IsRegular() && info.Size() == 0 {
+		return nil
+	}
+	var earlier *Archive
+	if err == nil && info.Mode().IsRegular() {
+		earlier, err = Open(name)
+	}
+	if earlier == nil || err != nil {
+		return fmt.Errorf("%s is there already and is not an archive of ours: remove it or give another name", name)
+	}
+	return earlier.Close()
 }
 
 func exportBlob(ctx context.Context, store *storage.Store, out *partial, d digest.Digest, report func(int64)) error {

@@ -34,7 +34,7 @@ type partial struct {
 func openPartial(ctx context.Context, name string) (*partial, error) {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666)
 	if err != nil {
-		return nil, fmt.Errorf("creating the archive: %w", err)
+		return nil, fmt.Errorf("creating the archive: %w: give a file in a directory that is there and that you may write to", err)
 	}
 	p := &partial{File: f, has: make(map[digest.Digest]int64)}
 	err = p.recover(ctx)
@@ -95,7 +95,7 @@ func (p *partial) add(ctx context.Context, d digest.Digest, r io.Reader, size in
 	v := d.Verifier()
 	content := &reportReader{io.TeeReader(contextReader{ctx, r}, v), report}
 	if err := p.entry(blobName(d), content, size); err != nil {
-		return fmt.Errorf("writing %s: %w", d, err)
+		return fmt.Errorf("writing %s: %w: export again when that is mended, to go on from here", d, err)
 	}
 	if !v.Verified() {
 		p.end -= block + (size+block-1)/block*block

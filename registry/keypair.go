@@ -4,9 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -79,7 +82,7 @@ func (k *keyPair) poll() {
 func (k *keyPair) load() error {
 	pair, err := tls.LoadX509KeyPair(k.certFile, k.keyFile)
 	if err != nil {
-		return fmt.Errorf("loading serving certificate %s with key %s: %w", k.certFile, k.keyFile, err)
+		return fmt.Errorf("loading serving certificate %s with key %s: %w: %s", k.certFile, k.keyFile, err, keyPairRemedy(err))
 	}
 	if pair.Leaf == nil {
 		if pair.Leaf, err = x509.ParseCertificate(pair.Certificate[0]); err != nil {
@@ -87,7 +90,23 @@ func (k *keyPair) load() error {
 		}
 	}
 	k.current.Store(&pair)
+	if time.Now().After(pair.Leaf.NotAfter) {
+		k.log.Error("the serving certificate has expired, and clients refuse it: renew it", "file", k.certFile, "notAfter", pair.Leaf.NotAfter)
+	}
 	return nil
+}
+
+// keyPairRemedy says what to do about an error of [tls.LoadX509KeyPair].
+func keyPairRemedy(err error) string {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "put both there, or give the directory that holds tls.crt and tls.key"
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("let user %d read both", os.Geteuid())
+	case strings.Contains(err.Error(), "does not match"):
+		return "put the key there that the certificate was made for"
+	}
+	return "put a certificate in PEM and its key, without a passphrase, there"
 }
 
 func (k *keyPair) fingerprint() fingerprint {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -136,6 +137,43 @@ func TestTLS(t *testing.T) {
 	if resp.ProtoMajor != 2 {
 		t.Errorf("protocol %s, want HTTP/2", resp.Proto)
 	}
+}
+
+// TestKeyPairMistakes wants to be told what is wrong with the files, and what to
+// do; an expired certificate is served, since somebody may take it, and told of.
+func TestKeyPairMistakes(t *testing.T) {
+	authority := newCA(t)
+	certFile, keyFile := tlsFiles(t)
+	authority.issue(t, 1, certFile, keyFile)
+	otherCert, otherKey := tlsFiles(t)
+	authority.issue(t, 2, otherCert, otherKey)
+	absent := filepath.Join(t.TempDir(), "absent")
+	for _, test := range []struct{ cert, key, want string }{
+		{absent, keyFile, "absent: no such file or directory: put both there, or give the directory that holds tls.crt and tls.key"},
+		{certFile, absent, "absent: no such file or directory: put both there, or give the directory that holds tls.crt and tls.key"},
+		{certFile, otherKey, "private key does not match public key: put the key there that the certificate was made for"},
+		{keyFile, certFile, "may have been switched: put a certificate in PEM and its key, without a passphrase, there"},
+		{certFile, os.DevNull, "failed to find any PEM data in key input: put a certificate in PEM and its key, without a passphrase, there"},
+	} {
+		_, err := newKeyPair(test.cert, test.key, slog.New(slog.DiscardHandler))
+		if err == nil || !strings.HasSuffix(err.Error(), test.want) {
+			t.Errorf("%s with %s: %v, want %q", test.cert, test.key, err, test.want)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) { // whose clock begins in 2000
+		var log bytes.Buffer
+		for _, expired := range []bool{false, true} {
+			if expired {
+				time.Sleep(time.Until(time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)))
+			}
+			if _, err := newKeyPair(certFile, keyFile, slog.New(slog.NewTextHandler(&log, nil))); err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.Contains(log.String(), "the serving certificate has expired, and clients refuse it: renew it"); got != expired {
+				t.Errorf("expired %t: the log is %q", expired, &log)
+			}
+		}
+	})
 }
 
 func TestKeyPairFollowsItsFiles(t *testing.T) {

@@ -72,7 +72,7 @@ func OpenSettings(cfg SettingsConfig) (*Settings, error) {
 	if s.secret, err = hex.DecodeString(strings.TrimSpace(string(text))); err != nil || len(s.secret) < 16 {
 		return nil, fmt.Errorf("%s does not hold 16 bytes or more in hex: make them with `openssl rand -hex 32`", path)
 	}
-	if err := s.read(); err != nil {
+	if err := s.load(); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -141,11 +141,11 @@ func (s *Settings) load() error {
 	path := filepath.Join(s.cfg.Dir, ResourceFile)
 	resource, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("reading the resource in force: %w", err)
+		return fmt.Errorf("reading the resource in force: %w: mount the Secret connected-registry-replica, or name its directory with --replica", err)
 	}
 	names, err := os.ReadFile(filepath.Join(s.cfg.Dir, NamesFile))
 	if err != nil && !os.IsNotExist(err) {
-		return fmt.Errorf("reading the registry's names: %w", err)
+		return fmt.Errorf("reading the registry's names: %w: make it a file with a host[:port] to a line, or remove it", err)
 	}
 	all := bytes.Join([][]byte{resource, names}, []byte{0})
 	if bytes.Equal(all, s.seen) {

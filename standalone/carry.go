@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
@@ -70,13 +71,41 @@ func Import(ctx context.Context, c CarryConfig, progress func(syncer.Event)) (sy
 	if errs := resource.Validate(); len(errs) > 0 {
 		return syncer.Result{}, fmt.Errorf("reading the archive: %w", errs.ToAggregate())
 	}
-	s, err := Open(ctx, Config{Resource: resource, Data: c.Data, Bucket: c.Bucket, Progress: progress, Logger: c.Logger})
+	from := func(err error) error {
+		if err == nil {
+			return nil
+		}
+		return carried{err, address, c.File}
+	}
+	told := func(e syncer.Event) {
+		if e.Err = from(e.Err); progress != nil {
+			progress(e)
+		}
+	}
+	s, err := Open(ctx, Config{Resource: resource, Data: c.Data, Bucket: c.Bucket, Progress: told, Logger: c.Logger})
 	if err != nil {
 		return syncer.Result{}, err
 	}
 	defer s.Close()
-	return s.Syncer.Sync(ctx, v1alpha1.SyncTriggerManual)
+	result, err := s.Syncer.Sync(ctx, v1alpha1.SyncTriggerManual)
+	return result, from(err)
 }
+
+// carried is an error about the archive, which the syncer takes for a parent.
+type carried struct {
+	error
+	address, file string
+}
+
+func (e carried) Error() string {
+	text := e.error.Error()
+	if named := strings.ReplaceAll(text, "parent "+e.address, "archive "+e.file); named != text {
+		return named + ": copy it once more, or export again"
+	}
+	return text
+}
+
+func (e carried) Unwrap() error { return e.error }
 
 // serve serves on a port of loopback until stop is called.
 func serve(ctx context.Context, h http.Handler) (address string, stop func(), err error) {

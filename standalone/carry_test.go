@@ -111,8 +111,16 @@ func TestImportOfDamage(t *testing.T) {
 	if err := os.WriteFile(file, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Import(t.Context(), CarryConfig{Data: there, File: file}, nil); err == nil {
-		t.Error("an archive with a wrong byte was imported without an error")
+	var told error
+	_, err = Import(t.Context(), CarryConfig{Data: there, File: file}, func(e syncer.Event) {
+		if e.Err != nil {
+			told = e.Err
+		}
+	})
+	for _, err := range []error{err, told} {
+		if got := fmt.Sprint(err); !strings.Contains(got, "archive "+file+" gave a wrong answer for ") || !strings.HasSuffix(got, ": copy it once more, or export again") {
+			t.Errorf("an archive with a wrong byte was imported with %v", err)
+		}
 	}
 	if got := tagsIn(t, there); len(got) != 0 {
 		t.Errorf("tags of an image that is not whole: %v", got)
@@ -122,6 +130,34 @@ func TestImportOfDamage(t *testing.T) {
 func TestCarryMistakes(t *testing.T) {
 	if _, err := Export(t.Context(), CarryConfig{Data: t.TempDir(), File: filepath.Join(t.TempDir(), "a.tar")}, nil, nil); err == nil || !strings.Contains(err.Error(), "--data") {
 		t.Errorf("export of nothing: %v", err)
+	}
+	// What is there already and is no archive stays.
+	data, file := t.TempDir(), filepath.Join(t.TempDir(), "registry.yaml")
+	parent := httptest.NewServer(parentregistry.New(parentregistry.Logger(log.New(io.Discard, "", 0))))
+	defer parent.Close()
+	host := strings.TrimPrefix(parent.URL, "http://")
+	push(t, host+"/app:v1")
+	s, err := Open(t.Context(), Config{
+		Resource: load(t, fmt.Sprintf("  parent: {endpoint: %q, insecure: true}\n  repositories: [{name: app}]\n", host)),
+		Data:     data,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err = s.Syncer.Sync(t.Context(), v1alpha1.SyncTriggerManual); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("kind: ConnectedRegistry\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{file, filepath.Dir(file)} {
+		if _, err := Export(t.Context(), CarryConfig{Data: data, File: name}, nil, nil); err == nil || err.Error() != name+" is there already and is not an archive of ours: remove it or give another name" {
+			t.Errorf("export onto %s: %v", name, err)
+		}
+	}
+	if text, err := os.ReadFile(file); err != nil || string(text) != "kind: ConnectedRegistry\n" {
+		t.Errorf("the file is now %.40q, %v", text, err)
 	}
 	if _, err := Import(t.Context(), CarryConfig{Data: t.TempDir(), File: filepath.Join(t.TempDir(), "a.tar")}, nil); err == nil {
 		t.Error("import of nothing is no error")

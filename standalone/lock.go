@@ -24,7 +24,7 @@ func lock(dir string) (unlock func(), err error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer f.Close()
 		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("locking %s: %w", name, err)
+			return nil, fmt.Errorf("locking %s: %w: give a directory with --data whose file system has locks", name, err)
 		}
 		owner, _ := io.ReadAll(io.LimitReader(f, 20))
 		return nil, fmt.Errorf("the data directory %s is used by process %s: stop that or give another with --data", dir, strings.TrimSpace(string(owner)))

@@ -2,8 +2,10 @@ package standalone
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -23,16 +25,19 @@ func (secrets) CredentialHelpers() bool { return true }
 func (dir secrets) Secret(_ context.Context, secret, key string) ([]byte, error) {
 	name := filepath.Join(string(dir), secret, key)
 	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("Secret %s: %w: let user %d read it", secret, err, os.Geteuid())
+	}
 	if err != nil {
 		return nil, fmt.Errorf("Secret %s: %w: in standalone mode a Secret is a directory with a file for each key", secret, err)
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxSecretBytes+1))
 	if err != nil {
-		return nil, fmt.Errorf("Secret %s: reading %s: %w", secret, name, err)
+		return nil, fmt.Errorf("Secret %s: %w: in standalone mode a Secret is a directory with a file for each key", secret, err)
 	}
 	if len(data) > maxSecretBytes {
-		return nil, fmt.Errorf("Secret %s: %s is larger than a Secret may be (1 MiB)", secret, name)
+		return nil, fmt.Errorf("Secret %s: %s is larger than a Secret may be (1 MiB): is it the right file?", secret, name)
 	}
 	return data, nil
 }

@@ -290,7 +290,7 @@ func (s *Standalone) openAuth(ctx context.Context, c Config) (*auth.Authority, e
 func (s *Standalone) openTLS(ca, certs string, addr net.Addr) error {
 	for _, dir := range []string{ca, certs} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("making room for certificates: %w", err)
+			return fmt.Errorf("making room for certificates: %w: make --data writable, and move away what is no directory there", err)
 		}
 	}
 	authority, err := trust.LoadOrCreateAuthority(ca, time.Now())
@@ -419,10 +419,9 @@ func (s *Standalone) openAgent(c Config, mirrored []agent.Mirror) (err error) {
 }
 
 func (s *Standalone) listen(addr, flag string) (net.Listener, error) {
-	var lc net.ListenConfig
-	l, err := lc.Listen(context.Background(), "tcp", addr)
+	l, err := Listen(context.Background(), addr, flag)
 	if err != nil {
-		return nil, fmt.Errorf("taking the address for %s: %w: stop what uses it or give another address", flag, err)
+		return nil, err
 	}
 	s.listeners = append(s.listeners, l)
 	return l, nil

@@ -25,7 +25,7 @@ const tokenSecretBytes = 32
 // has not changed keeps its hash.
 func renderTokens(ctx context.Context, r *v1alpha1.ConnectedRegistry, secrets syncer.Secrets, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("making room for client tokens: %w", err)
+		return fmt.Errorf("making room for client tokens: %w: make --data writable, and move away what is no directory there", err)
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -91,7 +91,7 @@ func tokenSecret(data string) ([]byte, error) {
 	secret := make([]byte, tokenSecretBytes)
 	rand.Read(secret) // never fails
 	if _, err := trust.WriteFile(root, name, secret, 0o600); err != nil {
-		return nil, fmt.Errorf("keeping the secret for bearer tokens: %w", err)
+		return nil, fmt.Errorf("keeping the secret for bearer tokens in %s: %w: make it writable, and move away what is no file there", data, err)
 	}
 	return secret, nil
 }

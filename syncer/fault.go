@@ -136,7 +136,7 @@ func refusal(who, what string, resp *http.Response, known bool) *fault {
 		f.message = fmt.Sprintf("%s speaks TLS: leave out spec.parent.insecure", who)
 	case code == http.StatusRequestTimeout || code >= 500:
 		f.temporary = code != http.StatusNotImplemented && code != http.StatusHTTPVersionNotSupported
-		f.message = fmt.Sprintf("%s answered %d for %s%s", who, code, what, detail(resp.Header, body))
+		f.message = fmt.Sprintf("%s answered %d for %s%s: see its log, and what lies between", who, code, what, detail(resp.Header, body))
 	default:
 		f.message = fmt.Sprintf("%s answered %d for %s%s", who, code, what, detail(resp.Header, body))
 	}

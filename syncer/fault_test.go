@@ -102,10 +102,10 @@ func TestSyncMisbehavingParent(t *testing.T) {
 		}, "P gave a wrong answer for the tags of app: there are more than 20"},
 		{"list refused", "tags/list", respond(401, "", ""), "P wants credentials for the tags of app (401): name them in spec.parent.credentialsSecretRef"},
 		{"list forbidden", "tags/list", respond(403, "", ""), "P does not let anonymous clients read the tags of app (403): name credentials in spec.parent.credentialsSecretRef"},
-		{"list fails", "tags/list", respond(500, "application/json", `{"errors":[{"code":"UNKNOWN","message":"out of\norder"}]}`), "P answered 500 for the tags of app: UNKNOWN: out of order"},
+		{"list fails", "tags/list", respond(500, "application/json", `{"errors":[{"code":"UNKNOWN","message":"out of\norder"}]}`), "P answered 500 for the tags of app: UNKNOWN: out of order: see its log, and what lies between"},
 		{"list limited", "tags/list", respond(429, "", ""), "P limits how much may be asked of it (429), asked for the tags of app: a schedule with fewer runs asks less"},
 
-		{"HEAD fails", "HEAD /v2/app/manifests/1", respond(500, "", ""), "P answered 500 for app:1"},
+		{"HEAD fails", "HEAD /v2/app/manifests/1", respond(500, "", ""), "P answered 500 for app:1: see its log, and what lies between"},
 		{"HEAD redirects in a loop", "HEAD /v2/app/manifests/1", moved, "P, asked for app:1, redirects again and again"},
 		{"HEAD names another digest", "HEAD /v2/app/manifests/1", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Docker-Content-Digest", digest.FromString("other").String())
@@ -130,7 +130,7 @@ func TestSyncMisbehavingParent(t *testing.T) {
 		{"blob is a web page", "blobs/" + layer.String(), html, "app:1: P gave a wrong answer for app@" + layer.String() + ": it is a web page: is something between here and the parent that wants a login?"},
 		{"blob is endless", "blobs/" + layer.String(), endless, "app:1: P gave a wrong answer for app@" + layer.String() + ": its bytes do not have that digest"},
 		{"blob is gone", "blobs/" + layer.String(), respond(404, "", ""), "app:1: P has no app@" + layer.String() + " (404)"},
-		{"blob fails", "blobs/" + layer.String(), respond(502, "text/html", "<html>"), "app:1: P answered 502 for app@" + layer.String() + ": a web page, not a registry's answer"},
+		{"blob fails", "blobs/" + layer.String(), respond(502, "text/html", "<html>"), "app:1: P answered 502 for app@" + layer.String() + ": a web page, not a registry's answer: see its log, and what lies between"},
 		{"blob redirects in a loop", "blobs/" + layer.String(), moved, "app:1: P, asked for app@" + layer.String() + ", redirects again and again"},
 		{"blob breaks off at once", "blobs/" + layer.String(), func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Length", strconv.Itoa(layerSize))

@@ -126,7 +126,7 @@ func (p *parent) tags(ctx context.Context, repository string) ([]string, error) 
 		what:  "the tags of " + repository,
 	}, "tags", v1alpha1.ValidTag)
 	if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusNotFound {
-		f.message = fmt.Sprintf("%s has no repository %s (404)", p, repository)
+		f.message = fmt.Sprintf("%s has no repository %s (404): push it there, or correct the name in the repositories of the configuration", p, repository)
 	}
 	return names, err
 }

@@ -244,7 +244,7 @@ func TestSyncFailsPerRepository(t *testing.T) {
 		t.Fatalf("%+v %v", result, err)
 	}
 	got := result.Repositories
-	if got[0].Err == nil || got[0].Err.Error() != "parent "+p.host+" has no repository absent (404)" {
+	if got[0].Err == nil || got[0].Err.Error() != "parent "+p.host+" has no repository absent (404): push it there, or correct the name in the repositories of the configuration" {
 		t.Errorf("absent: %v", got[0].Err)
 	}
 	if got[1].TagsWanted != 2 || got[1].TagsPresent != 0 || got[1].BytesLeft < 2000 {

@@ -263,7 +263,7 @@ func (s *Store) begin(ctx context.Context, create bool) (run *session, done func
 	}()
 	root, err := os.OpenRoot(s.nodeRoot)
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
+		if !errors.Is(err, fs.ErrPermission) {
 			err = fmt.Errorf("%w: create the directory, or choose another with --node-root", err)
 		}
 		return nil, nil, err

@@ -121,7 +121,7 @@ type Daemon struct {
 func New(cfg Config) (*Daemon, error) {
 	switch {
 	case cfg.File == "" || cfg.Namespace == "" || cfg.Node == "" || cfg.Pod == "":
-		return nil, errors.New("the agent needs the configuration file, its namespace, and the names of its node and pod")
+		return nil, errors.New("the agent needs the configuration file, its namespace, and the names of its node and pod: give them with --config, --namespace, --node and --pod")
 	case cfg.API == nil:
 		return nil, errors.New("the agent needs an API server")
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/connected-registry/connected-registry/agent/daemon"
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry/cache"
+	"github.com/connected-registry/connected-registry/standalone"
 )
 
 func agentCommand() *cobra.Command {
@@ -141,6 +142,11 @@ func (f *agentFlags) run(ctx context.Context, stderr io.Writer) error {
 	if len(f.cas) > 0 {
 		return errors.New("--ca is for --once: certificates come from the Secrets that the configuration names")
 	}
+	if f.healthListen != "" {
+		if err := standalone.CheckAddress(f.healthListen, "--health-listen"); err != nil {
+			return err
+		}
+	}
 	level := new(slog.LevelVar)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	api, err := kubeConfig()
@@ -248,7 +254,7 @@ func agentCleanupCommand() *cobra.Command {
 		Long: `Takes away everything that was written to this node, by the record in
 /var/lib/connected-registry/node.json, and puts back what stood there before.
 The content of the cache stays, unless --all is given.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log := logger(cmd.ErrOrStderr(), v1alpha1.LogLevelInformation)
 			if err := daemon.Cleanup(cmd.Context(), agent.CleanupConfig{NodeRoot: nodeRoot, Logger: log}); err != nil {
@@ -262,9 +268,9 @@ The content of the cache stays, unless --all is given.`,
 			if node == "" {
 				return nil
 			}
-			api, err := kubeConfig()
+			api, err := kubeConfigOnce()
 			if err == nil {
-				err = daemon.DeleteLease(cmd.Context(), api, namespace, node)
+				err = explainAPI("deleting it", api.Host, daemon.DeleteLease(cmd.Context(), api, namespace, node))
 			}
 			if err != nil {
 				log.Warn("the node is clean, but its Lease could not be deleted", "error", err)
@@ -290,21 +296,21 @@ func agentUninstallCommand() *cobra.Command {
 		Long: `Makes the agents of all nodes undo what they did to their nodes, and waits until
 they have. It is run before the agents are removed. A node that does not answer
 is named, and does not make this fail: run "agent cleanup" there.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			api, err := kubeConfig()
+			api, err := kubeConfigOnce()
 			if err != nil {
 				return err
 			}
 			config := daemon.UninstallConfig{API: api, Namespace: namespace, Timeout: timeout, Logger: logger(cmd.ErrOrStderr(), v1alpha1.LogLevelInformation)}
 			if cancel {
-				return daemon.CancelUninstall(cmd.Context(), config)
+				return explainAPI("calling it off", api.Host, daemon.CancelUninstall(cmd.Context(), config))
 			}
 			silent, err := daemon.Uninstall(cmd.Context(), config)
 			for _, node := range silent {
 				fmt.Fprintln(cmd.OutOrStdout(), "did not answer:", node)
 			}
-			return err
+			return explainAPI("asking the agents to leave", api.Host, err)
 		},
 	}
 	cmd.Flags().StringVar(&namespace, "namespace", "connected-registry", "namespace of the agents")

@@ -19,7 +19,7 @@ func exportCommand() *cobra.Command {
 store that --storage names, to FILE, an OCI image layout in a tar archive, or only
 the repositories and tags that are named; both may be globs. An export that was
 interrupted goes on where it was. The registry may go on running.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: fileArg(-1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			wanted, err := v1alpha1.ParseReferenceGlobs(args[1:])
 			if err != nil {
@@ -59,7 +59,7 @@ func importCommand() *cobra.Command {
 directory, into the data directory of a standalone registry that is not running,
 or into the object store that --storage names, whose registry may go on running.
 Every byte is checked; an import that was interrupted goes on where it was.`,
-		Args: cobra.ExactArgs(1),
+		Args: fileArg(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var err error
 			if config.Bucket, err = objects.open(cmd.Context()); err != nil {

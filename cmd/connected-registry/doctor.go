@@ -32,7 +32,7 @@ With --image, it also says which hosts are asked for an image, in their order,
 read with containerd's own code; asks each of them whether it is there and its
 certificate verifies; and says whether anybody but the mirror has the image.
 The mirror's own images must not depend on it: give them as --own-image.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return f.run(cmd.Context(), cmd.OutOrStdout()) },
 	}
 	flags := cmd.Flags()

@@ -13,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/connected-registry/connected-registry/standalone"
 )
 
 // readyTimeout bounds how long it takes to find out whether a process is ready:
@@ -32,10 +34,9 @@ type health struct {
 }
 
 func newHealth(addr string) (*health, error) {
-	var lc net.ListenConfig
-	l, err := lc.Listen(context.Background(), "tcp", addr)
+	l, err := standalone.Listen(context.Background(), addr, "--health-listen")
 	if err != nil {
-		return nil, fmt.Errorf("taking the address for --health-listen: %w: stop what uses it or give another address", err)
+		return nil, err
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -40,6 +41,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w: see %q", err, cmd.CommandPath()+" --help")
 	})
+	root.SetHelpCommand(helpCommand())
 	root.AddCommand(
 		standaloneCommand(),
 		syncCommand(),
@@ -73,11 +75,48 @@ func group(use, short string) *cobra.Command {
 	}
 }
 
+// noArgs refuses arguments. What cobra says of them takes them for commands.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%q is too much: %s takes flags only: see %q", args[0], cmd.CommandPath(), cmd.CommandPath()+" --help")
+}
+
+// fileArg wants a FILE, and no more than most arguments; -1: any number.
+func fileArg(most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == 0 || args[0] == "":
+			return fmt.Errorf("FILE is missing: name the archive: see %q", cmd.CommandPath()+" --help")
+		case most >= 0 && len(args) > most:
+			return fmt.Errorf("%q is too much: %s takes one FILE: see %q", args[most], cmd.CommandPath(), cmd.CommandPath()+" --help")
+		}
+		return nil
+	}
+}
+
+// helpCommand is cobra's, but for a command that there is not.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Help about a command",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			found, rest, err := cmd.Root().Find(args)
+			if err != nil || len(rest) > 0 {
+				return fmt.Errorf("unknown command %q: see %q", strings.Join(args, " "), cmd.Root().CommandPath()+" --help")
+			}
+			found.InitDefaultHelpFlag()
+			return found.Help()
+		},
+	}
+}
+
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
 			fmt.Fprintln(cmd.OutOrStdout(), version)
 		},

@@ -19,6 +19,7 @@ import (
 
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry/cache"
+	"github.com/connected-registry/connected-registry/standalone"
 )
 
 const (
@@ -84,8 +85,8 @@ func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
 
 // onLoopback says what is wrong with an address of the cache.
 func onLoopback(addr string) error {
-	host, _, err := net.SplitHostPort(addr)
-	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+	host, _, _ := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); standalone.CheckAddress(addr, "--cache-listen") != nil || ip == nil || !ip.IsLoopback() {
 		return fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", addr)
 	}
 	return nil
@@ -218,10 +219,9 @@ func (n *nodeCache) run(ctx context.Context) {
 // serve runs one cache. It returns nil when ctx ends or the cache has to be made
 // anew.
 func (n *nodeCache) serve(ctx context.Context, order cacheOrder) error {
-	var lc net.ListenConfig
-	listener, err := lc.Listen(ctx, "tcp", n.listen)
+	listener, err := standalone.Listen(ctx, n.listen, "--cache-listen")
 	if err != nil {
-		return fmt.Errorf("taking the address for --cache-listen: %w: stop what uses it or give another address", err)
+		return err
 	}
 	config := order.Config
 	config.Listener = listener

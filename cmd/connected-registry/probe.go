@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -17,6 +18,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/connected-registry/connected-registry/trust"
 )
 
 // probeCommand asks a registry whether it serves, as helm test does.
@@ -25,7 +28,7 @@ func probeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "probe --host HOST --port PORT {--ca FILE | --plain-http}",
 		Short: "Ask a registry whether it serves, over a chain that verifies",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return p.run(cmd.Context(), cmd.OutOrStdout())
 		},
@@ -46,11 +49,8 @@ type probe struct {
 }
 
 func (p *probe) run(ctx context.Context, stdout io.Writer) error {
-	if p.host == "" {
-		return errors.New("--host is missing: give the registry's name or address")
-	}
-	if _, err := strconv.ParseUint(p.port, 10, 16); err != nil {
-		return fmt.Errorf("--port %s is no port: give a number up to 65535", p.port)
+	if err := p.validate(); err != nil {
+		return err
 	}
 	client, scheme := &http.Client{Timeout: 10 * time.Second}, "http"
 	if !p.plainHTTP {
@@ -80,6 +80,21 @@ func (p *probe) run(ctx context.Context, stdout io.Writer) error {
 	}
 }
 
+func (p *probe) validate() error {
+	port, err := strconv.ParseUint(p.port, 10, 16)
+	switch {
+	case p.host == "":
+		return errors.New("--host is missing: give the registry's name or address")
+	case net.ParseIP(p.host) == nil && strings.ContainsAny(p.host, ":/@ "):
+		return fmt.Errorf("--host %q is neither a name nor an address: leave out https://, and give the port with --port", p.host)
+	case err != nil || port == 0:
+		return fmt.Errorf("--port %s is no port: give a number up to 65535", p.port)
+	case p.wait <= 0:
+		return fmt.Errorf("--wait %s leaves no time to ask: give more, 10s for example", p.wait)
+	}
+	return nil
+}
+
 // pool returns nil for the system's certificates.
 func (p *probe) pool() (*x509.CertPool, error) {
 	if p.ca == "" {
@@ -88,6 +103,9 @@ func (p *probe) pool() (*x509.CertPool, error) {
 	data, err := os.ReadFile(p.ca)
 	if err != nil {
 		return nil, fmt.Errorf("reading the CA: %w: give a file with its certificates with --ca", err)
+	}
+	if bytes.Contains(data, []byte("PRIVATE KEY")) {
+		return nil, fmt.Errorf("%s %w", p.ca, trust.ErrPrivateKey)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(data) {
@@ -111,11 +129,11 @@ func ask(ctx context.Context, client *http.Client, url string) error {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusUnauthorized {
-		return status{resp.StatusCode, resp.Status}
+		return status{resp.StatusCode, "it answers " + resp.Status}
 	}
 	const version = "registry/2.0"
 	if got := resp.Header.Get("Docker-Distribution-Api-Version"); got != version {
-		return fmt.Errorf("it is no registry, since Docker-Distribution-Api-Version is %q: correct --host and --port", got)
+		return status{resp.StatusCode, fmt.Sprintf("it is no registry, since Docker-Distribution-Api-Version is %q", got)}
 	}
 	return nil
 }
@@ -126,7 +144,7 @@ type status struct {
 	text string
 }
 
-func (s status) Error() string { return "it answers " + s.text }
+func (s status) Error() string { return s.text }
 
 // explain adds to why a registry did not answer what to do.
 func (p *probe) explain(err error) error {
@@ -140,8 +158,12 @@ func (p *probe) explain(err error) error {
 	)
 	remedy := "see that it runs, and that nothing between stops the connection"
 	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		err = errors.New("it does not answer")
 	case errors.As(err, &code) && code.code == http.StatusBadRequest && p.plainHTTP:
 		remedy = "leave --plain-http out if it speaks TLS"
+	case errors.As(err, &code) && (code.code == http.StatusOK || code.code == http.StatusUnauthorized):
+		remedy = "correct --host and --port"
 	case errors.As(err, &code):
 		remedy = "see the log of its replicas, or correct --host and --port"
 	case errors.As(err, &unknownCA):

@@ -14,8 +14,12 @@ import (
 )
 
 func TestProbe(t *testing.T) {
-	status, header := http.StatusUnauthorized, "registry/2.0"
+	status, header, hang := http.StatusUnauthorized, "registry/2.0", false
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if hang {
+			<-r.Context().Done()
+			return
+		}
 		if r.URL.Path != "/v2/" {
 			http.NotFound(w, r)
 			return
@@ -28,6 +32,10 @@ func TestProbe(t *testing.T) {
 	defer secure.Close()
 	ca := filepath.Join(t.TempDir(), "ca.crt")
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	both := filepath.Join(t.TempDir(), "both.crt")
+	if err := os.WriteFile(both, []byte("-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	probe := func(server *httptest.Server, args ...string) (string, error) {
@@ -51,7 +59,7 @@ func TestProbe(t *testing.T) {
 	}
 	fails := func(want string, server *httptest.Server, args ...string) {
 		t.Helper()
-		if _, err := probe(server, args...); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+		if _, err := probe(server, args...); err == nil || !strings.Contains(err.Error()+"$", want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("err = %v, want %q", err, want)
 		}
 	}
@@ -64,10 +72,18 @@ func TestProbe(t *testing.T) {
 	fails("give a file with its certificates with --ca", secure, "--ca="+ca+".absent")
 	fails("holds no certificate: give a file", secure, "--ca="+os.DevNull)
 	fails("--port https is no port: give a number", secure, "--port=https")
+	fails("--port 0 is no port: give a number", secure, "--port=0")
+	fails(`--host "https://127.0.0.1" is neither a name nor an address: leave out https://`, secure, "--host=https://127.0.0.1")
+	fails(`--host "127.0.0.1:443" is neither a name nor an address: leave out https://, and give the port with --port`, secure, "--host=127.0.0.1:443")
+	fails("--wait 0s leaves no time to ask: give more", secure, "--wait=0")
+	fails("contains a private key: give certificates only", secure, "--ca="+both)
 	status = http.StatusOK
 	serves(secure, "--ca="+ca)
 	header = ""
-	fails("no registry, since Docker-Distribution-Api-Version is \"\": correct --host and --port", secure, "--ca="+ca)
+	fails("no registry, since Docker-Distribution-Api-Version is \"\": correct --host and --port$", secure, "--ca="+ca)
+	hang = true
+	fails("it does not answer: see that it runs, and that nothing between stops the connection", secure, "--ca="+ca)
+	hang = false
 	status = http.StatusServiceUnavailable
 	fails("503 Service Unavailable: see the log of its replicas", secure, "--ca="+ca)
 	secure.Close()

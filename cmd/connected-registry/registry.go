@@ -3,10 +3,8 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -18,6 +16,7 @@ import (
 	"github.com/connected-registry/connected-registry/api/v1alpha1"
 	"github.com/connected-registry/connected-registry/registry"
 	"github.com/connected-registry/connected-registry/registry/auth"
+	"github.com/connected-registry/connected-registry/standalone"
 	"github.com/connected-registry/connected-registry/storage"
 	"github.com/connected-registry/connected-registry/storage/bucket"
 	"github.com/connected-registry/connected-registry/syncer"
@@ -39,7 +38,7 @@ func registryCommand() *cobra.Command {
 		Long: `Runs one replica of the registry. Everything it needs lies in files, which the
 syncer renders and the kubelet mounts; they are read again when they change. It
 talks to nobody to serve a request.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return flags.run(cmd.Context(), cmd.ErrOrStderr())
 		},
@@ -58,6 +57,9 @@ talks to nobody to serve a request.`,
 }
 
 func (f *replicaFlags) run(ctx context.Context, stderr io.Writer) error {
+	if f.data == "" {
+		return errors.New("no data directory: give one with --data")
+	}
 	level := new(slog.LevelVar)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	settings, err := registry.OpenSettings(registry.SettingsConfig{
@@ -187,9 +189,8 @@ func (f *replicaFlags) server(ctx context.Context, settings *registry.Settings, 
 	if !f.plainHTTP {
 		config.CertFile, config.KeyFile = filepath.Join(f.tls, v1alpha1.SecretKeyTLSCertificate), filepath.Join(f.tls, v1alpha1.SecretKeyTLSPrivateKey)
 	}
-	var lc net.ListenConfig
-	if config.Listener, err = lc.Listen(ctx, "tcp", f.listen); err != nil {
-		return nil, fmt.Errorf("taking the address for --listen: %w: stop what uses it or give another address", err)
+	if config.Listener, err = standalone.Listen(ctx, f.listen, "--listen"); err != nil {
+		return nil, err
 	}
 	server, err := registry.New(config)
 	if err != nil {

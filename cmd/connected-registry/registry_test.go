@@ -197,21 +197,23 @@ func TestReplicaMistakes(t *testing.T) {
 		change func(map[string]string)
 		want   string
 	}{
-		{"no secret", func(f map[string]string) { delete(f, "secret") }, "what replicas sign with"},
-		{"a short secret", func(f map[string]string) { f["secret"] = "abcd" }, "does not hold 16 bytes"},
-		{"no resource", func(f map[string]string) { delete(f, "resource.yaml") }, "the resource in force"},
-		{"no certificate", func(map[string]string) {}, "loading serving certificate"},
+		{"no secret", func(f map[string]string) { delete(f, "secret") }, "what replicas sign with: .*: mount the Secret connected-registry-replica, or name its directory with --replica$"},
+		{"a short secret", func(f map[string]string) { f["secret"] = "abcd" }, "does not hold 16 bytes or more in hex: make them with `openssl rand -hex 32`$"},
+		{"no resource", func(f map[string]string) { delete(f, "resource.yaml") }, "the resource in force: .*: mount the Secret connected-registry-replica, or name its directory with --replica$"},
+		{"a wrong resource", func(f map[string]string) { f["resource.yaml"] = "a: [" }, "resource.yaml:2: is not YAML: "},
+		{"no certificate", func(map[string]string) {}, "loading serving certificate .*: put both there, or give the directory that holds tls.crt and tls.key$"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			settings := t.TempDir()
 			files := replicaFiles(t, v1alpha1.ModeReadOnly)
 			test.change(files)
 			mount(t, settings, files)
+			var log lines
 			err := run(t.Context(), []string{
 				"registry", "--replica", settings, "--tls", t.TempDir(), "--data", t.TempDir(), "--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0",
-			}, io.Discard, io.Discard)
-			if err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("error %v, expected one with %q", err, test.want)
+			}, io.Discard, &log)
+			if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) || strings.Contains(log.String(), "level=ERROR") {
+				t.Errorf("error %v, expected one with %q, and that alone; the log is %q", err, test.want, &log)
 			}
 		})
 	}

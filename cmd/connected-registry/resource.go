@@ -35,8 +35,8 @@ func (f *resourceFlags) load(stderr io.Writer) (standalone.Config, error) {
 	name, data := "default", defaultResource
 	if f.config != "" {
 		var err error
-		if data, err = os.ReadFile(f.config); err != nil {
-			return standalone.Config{}, fmt.Errorf("reading the configuration: %w", err)
+		if data, err = readConfig(f.config); err != nil {
+			return standalone.Config{}, fmt.Errorf("reading the configuration: %w: give a file that you may read with --config", err)
 		}
 		name = f.config
 	}
@@ -53,6 +53,20 @@ func (f *resourceFlags) load(stderr io.Writer) (standalone.Config, error) {
 		Secrets:  f.secrets,
 		Logger:   logger(stderr, resource.Spec.LogLevel),
 	}, nil
+}
+
+// maxConfig is more than v1alpha1.Load takes, in bytes.
+const maxConfig = 2 << 20
+
+// readConfig reads a file, and no more of it than is needed to see that it is
+// too large.
+func readConfig(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxConfig))
 }
 
 // levelNone is above every level.

@@ -32,14 +32,18 @@ func resyncCommand() *cobra.Command {
 were held for their number are carried out and blobs that were wrong are tried
 again. It reaches the API server as kubectl does. (On one machine, "sync" does
 that itself.)`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rules := clientcmd.NewDefaultClientConfigLoadingRules()
 			loaded := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{})
 			config, err := loaded.ClientConfig()
-			if err != nil {
-				return fmt.Errorf("reaching the API server: %w: set $KUBECONFIG", err)
+			if clientcmd.IsEmptyConfig(err) {
+				return errors.New("no cluster is named: set $KUBECONFIG to the kubeconfig of one")
 			}
+			if err != nil {
+				return fmt.Errorf("reading the kubeconfig: %w: set $KUBECONFIG to that of a cluster", err)
+			}
+			config.Timeout = apiPatience
 			if namespace == "" {
 				if namespace, _, err = loaded.Namespace(); err != nil {
 					return fmt.Errorf("choosing a namespace: %w: give one with --namespace", err)
@@ -49,7 +53,8 @@ that itself.)`,
 			if err != nil {
 				return fmt.Errorf("client of the API server: %w", err)
 			}
-			return resync(cmd.Context(), client.Resource(connectedRegistries).Namespace(namespace), name, wait, cmd.OutOrStdout())
+			r := resync{client.Resource(connectedRegistries).Namespace(namespace), name, config.Host}
+			return r.run(cmd.Context(), wait, cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVar(&namespace, "namespace", "", "namespace of the ConnectedRegistry (default that of the current context)")
@@ -58,27 +63,33 @@ that itself.)`,
 	return cmd
 }
 
-// resync puts a value into the annotation that was not there before, and waits
+type resync struct {
+	client dynamic.ResourceInterface
+	name   string // of the ConnectedRegistry
+	host   string // of the API server
+}
+
+// run puts a value into the annotation that was not there before, and waits
 // until the status says that it was carried out.
-func resync(ctx context.Context, client dynamic.ResourceInterface, name string, wait time.Duration, out io.Writer) error {
+func (r resync) run(ctx context.Context, wait time.Duration, out io.Writer) error {
 	value := time.Now().UTC().Format(time.RFC3339Nano)
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]string{v1alpha1.AnnotationResync: value}}})
 	if err != nil {
 		return err
 	}
-	if _, err := client.Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: "connected-registry"}); err != nil {
-		return fmt.Errorf("asking for a synchronisation: %w", err)
+	if _, err := r.client.Patch(ctx, r.name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: "connected-registry"}); err != nil {
+		return explainAPI("asking for a synchronisation", r.host, err)
 	}
 	if wait == 0 {
-		fmt.Fprintf(out, "asked %s for a synchronisation\n", name)
+		fmt.Fprintf(out, "asked %s for a synchronisation\n", r.name)
 		return nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("it has not ended within %s; it goes on", wait))
+	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("it has not ended within %s and goes on: wait longer with --wait, or look at its status and at the log of the syncer", wait))
 	defer cancel()
 	for {
-		object, err := client.Get(ctx, name, metav1.GetOptions{})
+		object, err := r.client.Get(ctx, r.name, metav1.GetOptions{})
 		if err != nil && ctx.Err() == nil {
-			return fmt.Errorf("reading the status: %w", err)
+			return explainAPI("reading the status", r.host, err)
 		}
 		if err == nil {
 			var cr v1alpha1.ConnectedRegistry

@@ -42,7 +42,7 @@ func TestResync(t *testing.T) {
 				return true, u, nil
 			})
 			var out strings.Builder
-			err := resync(t.Context(), resource, "edge", time.Minute, &out)
+			err := resync{resource, "edge", "host"}.run(t.Context(), time.Minute, &out)
 			if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 				t.Errorf("error %v", err)
 			}

@@ -20,7 +20,7 @@ node's containerd in one process, without Kubernetes.
 
 What is written to the node stays when the process ends, since pulls fall
 through to the image's own registry then; "agent cleanup" takes it away.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := flags.load(cmd.ErrOrStderr())
 			if err != nil {

@@ -26,7 +26,7 @@ func (f *storageFlag) open(ctx context.Context) (bucket.Bucket, error) {
 		return nil, nil
 	}
 	config, err := bucket.Load(f.file)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		return nil, fmt.Errorf("%w: give the file that names the object store with --storage", err)
 	}
 	if err == nil {

@@ -23,7 +23,7 @@ func syncCommand() *cobra.Command {
 		Long: `Brings everything that the configuration selects and the data directory lacks
 from the parent, once, and exits with an error if anything is missing after it.
 It works on the data directory of a standalone registry that is not running.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := flags.load(cmd.ErrOrStderr())
 			if err != nil {
@@ -63,6 +63,9 @@ It works on the data directory of a standalone registry that is not running.`,
 	return cmd
 }
 
+// nothingSelected is no error: what is selected may come to be.
+const nothingSelected = "the parent lists no repository that the configuration selects: correct its repositories, or let the credentials list more"
+
 // printPlan prints a line for each tag and repository, and returns an error
 // when some of it cannot be planned.
 func printPlan(w io.Writer, plan *syncer.Plan) error {
@@ -82,11 +85,17 @@ func printPlan(w io.Writer, plan *syncer.Plan) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	if len(plan.Repositories) == 0 {
+		fmt.Fprintln(w, nothingSelected)
+	}
 	fmt.Fprintf(w, "%d blobs, %d bytes to fetch\n", blobs, bytes)
 	return errors.Join(errs...)
 }
 
 func printResult(w io.Writer, r syncer.Result) {
+	if len(r.Repositories) == 0 {
+		fmt.Fprintln(w, nothingSelected)
+	}
 	for _, repo := range r.Repositories {
 		fmt.Fprintf(w, "%s: %d of %d tags present, %d bytes left\n", repo.Name, repo.TagsPresent, repo.TagsWanted, repo.BytesLeft)
 		if repo.Held != "" {

@@ -35,7 +35,7 @@ func syncerCommand() *cobra.Command {
 replicas and nodes are told, sees to certificates, synchronises with the parent
 and says in the resource's status how things stand. Of several, one leads; the
 others wait. It reaches the API server as a pod does, or as $KUBECONFIG says.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return flags.run(cmd.Context(), cmd.ErrOrStderr())
 		},
@@ -50,11 +50,16 @@ others wait. It reaches the API server as a pod does, or as $KUBECONFIG says.`,
 	f.StringVar(&c.Identity, "identity", host, "what tells this process from others that want to lead: the pod's name")
 	f.StringVar(&flags.healthListen, "health-listen", ":8081", "address of /healthz, /readyz and /metrics")
 	f.BoolVar(&flags.verbose, "verbose", false, "log at level Debug, whatever spec.logLevel says")
-	_ = cmd.MarkFlagRequired("namespace") // it exists
 	return cmd
 }
 
 func (f *syncerFlags) run(ctx context.Context, stderr io.Writer) error {
+	switch {
+	case f.controller.Namespace == "":
+		return errors.New("--namespace is missing: give that of the ConnectedRegistry")
+	case f.controller.Data == "":
+		return errors.New("no data directory: give one with --data")
+	}
 	level := new(slog.LevelVar)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	klog.SetSlogLogger(log)

@@ -81,7 +81,7 @@ func Load(file string) (Config, error) {
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxConfig))
 	if err != nil {
-		return Config{}, fmt.Errorf("storage: %w", err)
+		return Config{}, fmt.Errorf("storage: %w: give the file that names the object store", err)
 	}
 	c, err := parse(data)
 	if err != nil {
@@ -95,12 +95,33 @@ func parse(data []byte) (Config, error) {
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	d.KnownFields(true)
 	if err := d.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, err
+		return Config{}, malformed(err)
 	}
 	if err := d.Decode(new(any)); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("there is more than one document: keep one")
 	}
 	return c, c.validate()
+}
+
+// malformed says what is wrong with a document, with none of its values, which
+// may be credentials in the wrong place.
+func malformed(err error) error {
+	var fields *yaml.LoadErrors
+	if !errors.As(err, &fields) {
+		return fmt.Errorf("is not YAML: %s", strings.TrimPrefix(err.Error(), "yaml: "))
+	}
+	var problems []error
+	for _, f := range fields.Errors {
+		what, _, unknown := strings.Cut(f.Message, " not found in type ")
+		switch {
+		case unknown:
+			what += " is unknown: there are s3, azure or gcs, with what belongs to it, caFile and credentials"
+		case strings.HasPrefix(f.Message, "cannot construct"):
+			what = "the value has another form than is wanted: write it as in s3: {bucket: images}"
+		}
+		problems = append(problems, fmt.Errorf("line %d: %s", f.Mark.Line, what))
+	}
+	return errors.Join(problems...)
 }
 
 func (c Config) validate() error {

@@ -54,7 +54,10 @@ func TestLoad(t *testing.T) {
 		"azure: {account: images, container: a, prefix: 'a b'}": {"azure.prefix: "},
 		"gcs: {bucket: ''}":                                     {"gcs.bucket: is empty"},
 		"gcs: {bucket: a}\n---\ngcs: {bucket: b}":               {"more than one document"},
-		"gcs: [": {"storage.yaml: "},
+		"gcs: [":                                {"storage.yaml: is not YAML: line 2: "},
+		"s3: {bucket: a}\nswift: {key: Secret}": {"storage.yaml: line 2: field swift is unknown: there are s3, azure or gcs"},
+		"s3: {bucket: [Secret]}":                {"storage.yaml: line 1: the value has another form"},
+		"Secret":                                {"storage.yaml: line 1: the value has another form"},
 	} {
 		_, err := load(text)
 		if err == nil {
@@ -175,4 +178,9 @@ func TestCredentials(t *testing.T) {
 	wants(gcs, "credentials.json")
 	s3.CAFile = filepath.Join(dir, "accessKeyID")
 	wants(s3, "holds no certificate")
+	s3.CAFile = filepath.Join(dir, "none")
+	wants(s3, "none: no such file or directory: set it to a file with the certificates")
+	write("both", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----\nSecret\n-----END PRIVATE KEY-----\n")
+	s3.CAFile = filepath.Join(dir, "both")
+	wants(s3, "both holds a private key: leave certificates alone there")
 }

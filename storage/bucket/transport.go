@@ -1,6 +1,7 @@
 package bucket
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -70,7 +71,10 @@ func rootsWith(caFile string) (*x509.CertPool, error) {
 	}
 	pem, err := os.ReadFile(caFile)
 	if err != nil {
-		return nil, fmt.Errorf("caFile: %w", err)
+		return nil, fmt.Errorf("caFile: %w: set it to a file with the certificates of the object store's authority", err)
+	}
+	if bytes.Contains(pem, []byte("PRIVATE KEY")) {
+		return nil, errors.New("caFile: " + caFile + " holds a private key: leave certificates alone there, and replace that key if others could read it")
 	}
 	roots, err := x509.SystemCertPool()
 	if err != nil {
