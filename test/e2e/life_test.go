@@ -38,9 +38,15 @@ func (w *world) lifeValues() string {
 // oneEach has a pod on every node pull an image that no node has.
 func (w *world) oneEach(t *testing.T, host, secret string) {
 	t.Helper()
+	w.oneEachOf(t, host, secret, w.parent.take)
+}
+
+// oneEachOf is oneEach with tags that are taken from elsewhere.
+func (w *world) oneEachOf(t *testing.T, host, secret string, take func() string) {
+	t.Helper()
 	var pods []pod
 	for _, n := range w.c.Nodes() {
-		tag := w.parent.take()
+		tag := take()
 		pods = append(pods, pod{tag + "-" + n.Name(), n.Name(), host + "/hello-world:" + tag, secret})
 	}
 	start(t, w.c, pods...)

@@ -139,19 +139,13 @@ func (w *world) testObjectsParentStopped(t *testing.T) {
 	w.parent.stop()
 	defer w.parent.start(t)
 	next := 0
-	oneEach := func() {
-		var pods []pod
-		for _, n := range w.c.Nodes() {
-			tag := fmt.Sprint("o", next)
-			next++
-			pods = append(pods, pod{tag + "-" + n.Name(), n.Name(), w.host + "/hello-world:" + tag, "regcred"})
-		}
-		start(t, w.c, pods...)
-		succeed(t, w.c, pods...)
+	take := func() string {
+		next++
+		return fmt.Sprint("o", next-1)
 	}
-	oneEach()
+	w.oneEachOf(t, w.host, "regcred", take)
 	w.signal(t, w.replicaNode(t), "registry", "KILL")
-	oneEach()
+	w.oneEachOf(t, w.host, "regcred", take)
 	w.settled(t, "deployment/connected-registry")
 }
 
