@@ -2,26 +2,21 @@ package storage
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"time"
 
 	"github.com/connected-registry/connected-registry/storage/bucket"
 )
 
-// maxResumed is how many times in a row a body may break off without a byte
-// before the reader is told.
-const maxResumed = 5
-
 // objectContent is the content of an object, of which no more is fetched than
 // is read: nothing until the first Read, and from there on to the end, or to
-// where Expect says. A body that breaks off is gone on with from that byte.
+// where Expect says. A bucket's body goes on by itself where it broke off, as long
+// as the same version is there. When it can no more, the object is opened once
+// again from that byte: by then another version may be there that is as good.
 type objectContent struct {
 	// open fetches length bytes from offset on, of the same content each time.
 	open func(offset, length int64) (io.ReadCloser, error)
-	done <-chan struct{} // nobody waits for the content any more
 	name string
 	size int64
 
@@ -29,7 +24,7 @@ type objectContent struct {
 	expect int64         // to where a body is fetched; 0: to the end
 	body   io.ReadCloser // from offset on; nil: none is open
 	left   int64         // bytes that body is still to bring
-	broken int           // bodies in a row that brought nothing
+	broken bool          // the last body ended with an error, and without a byte
 	closed bool
 }
 
@@ -47,11 +42,8 @@ func newObjectContent(ctx context.Context, b bucket.Bucket, name string, found b
 		}
 		return body, nil
 	}
-	return &objectContent{open: open, done: ctx.Done(), name: name, size: found.Size}
+	return &objectContent{open: open, name: name, size: found.Size}
 }
-
-// Size is that of the whole content, in bytes.
-func (c *objectContent) Size() int64 { return c.size }
 
 // Expect says that nothing from end on is going to be read, so that it need not
 // be fetched. Should it be read all the same, it comes.
@@ -70,7 +62,7 @@ func (c *objectContent) Seek(offset int64, whence int) (int64, error) {
 	}
 	if offset != c.offset {
 		c.drop()
-		c.offset, c.broken = offset, 0
+		c.offset, c.broken = offset, false
 	}
 	return offset, nil
 }
@@ -84,57 +76,47 @@ func (c *objectContent) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	for {
-		if c.offset >= c.size {
-			return 0, io.EOF
+	for c.offset < c.size {
+		if err := c.fetch(); err != nil {
+			return 0, c.failed(err)
 		}
-		n, err := c.read(p)
+		n, err := c.body.Read(p[:min(int64(len(p)), c.left)])
+		c.offset += int64(n)
+		c.left -= int64(n)
+		if err != nil || c.left == 0 {
+			c.drop()
+		}
 		if n > 0 {
-			c.broken = 0
+			c.broken = false
 			return n, nil // what is wrong, if anything, is wrong next time, too
 		}
-		if err == nil {
-			continue
+		if err != nil && c.broken {
+			return 0, c.failed(err)
 		}
-		if c.broken++; c.broken > maxResumed || errors.Is(err, fs.ErrNotExist) || !c.pause() {
-			return 0, fmt.Errorf("reading %s at byte %d of %d: %w", c.name, c.offset, c.size, shortened(err))
-		}
+		c.broken = err != nil
 	}
+	return 0, io.EOF
 }
 
-// read reads from the open body, which it opens if there is none.
-func (c *objectContent) read(p []byte) (int, error) {
-	if c.body == nil {
-		end := c.size
-		if c.offset < c.expect && c.expect < end {
-			end = c.expect
-		}
-		body, err := c.open(c.offset, end-c.offset)
-		if err != nil {
-			return 0, err
-		}
-		c.body, c.left = body, end-c.offset
+// fetch opens a body if there is none.
+func (c *objectContent) fetch() error {
+	if c.body != nil {
+		return nil
 	}
-	n, err := c.body.Read(p[:min(int64(len(p)), c.left)])
-	c.offset += int64(n)
-	c.left -= int64(n)
-	if err != nil || c.left == 0 {
-		c.drop()
+	end := c.size
+	if c.offset < c.expect && c.expect < end {
+		end = c.expect
 	}
-	return n, err
+	body, err := c.open(c.offset, end-c.offset)
+	if err != nil {
+		return err
+	}
+	c.body, c.left = body, end-c.offset
+	return nil
 }
 
-// pause waits a moment before the next attempt, and tells whether it is worth
-// while.
-func (c *objectContent) pause() bool {
-	t := time.NewTimer(time.Duration(c.broken*c.broken) * 20 * time.Millisecond)
-	defer t.Stop()
-	select {
-	case <-c.done:
-		return false
-	case <-t.C:
-		return true
-	}
+func (c *objectContent) failed(err error) error {
+	return fmt.Errorf("reading %s at byte %d of %d: %w", c.name, c.offset, c.size, shortened(err))
 }
 
 func (c *objectContent) drop() {
