@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -108,6 +109,9 @@ func Open(ctx context.Context, c Config) (_ *Standalone, err error) {
 	defer func() {
 		if err != nil {
 			s.Close()
+		}
+		if errors.Is(err, syscall.ENOSPC) {
+			err = fmt.Errorf("%w: free space on the volume of %s, or give another directory with --data", err, c.Data)
 		}
 	}()
 	if err := makeData(c.Data); err != nil {
@@ -372,6 +376,10 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 	if a, ok := l.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
 		return fmt.Errorf("--cache-listen %s: the cache speaks plain HTTP and stays on loopback: use 127.0.0.1:PORT", c.CacheListen)
 	}
+	dir := filepath.Join(c.Data, "cache")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making room for the cache: %w: make --data writable, and move away what is no directory there", err)
+	}
 	s.CacheURL = "http://" + l.Addr().String()
 	central := cache.Upstream{URL: "https://" + reachable(s.listeners[0].Addr()), CAFile: filepath.Join(c.Data, "ca", "ca.crt")}
 	registries := map[string]cache.Registry{
@@ -384,7 +392,7 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 	}
 	limits := c.Resource.Spec.NodeCache
 	config := cache.Config{
-		Dir:        filepath.Join(c.Data, "cache"),
+		Dir:        dir,
 		Registries: registries,
 		Listener:   l,
 		Logger:     c.Logger,

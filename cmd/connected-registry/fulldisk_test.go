@@ -13,7 +13,7 @@ import (
 
 // TestFullDisk fills the file system of the data directory, a small one in a
 // mount namespace of its own. The synchronisation that does not fit fails with
-// one line, and what was there before stays whole.
+// one line, and what was there before stays whole. A first start says what to do.
 func TestFullDisk(t *testing.T) {
 	parent := newParent(t)
 	small, err := random.Image(64<<10, 2)
@@ -42,7 +42,11 @@ while [ ! -e %[4]s ]; do sleep 0.02; done
 echo === full; echo === full >&2
 %[2]s sync --config %[3]s --data %[1]s/data && exit 1
 echo === after; echo === after >&2
-%[2]s sync --config %[3]s --data %[1]s/data --dry-run
+%[2]s sync --config %[3]s --data %[1]s/data --dry-run || exit 1
+echo === new >&2
+dd if=/dev/zero of=%[1]s/fill bs=64k 2>%[4]s.dd
+%[2]s standalone --config %[3]s --data %[1]s/new --anonymous --listen 127.0.0.1:0 --cache-listen= --node-root= && exit 1
+exit 0
 `, mount, os.Args[0], config, pushed)
 	args := []string{"--mount", "--fork", "--kill-child"}
 	if os.Geteuid() != 0 {
@@ -70,6 +74,10 @@ echo === after; echo === after >&2
 	full, _, _ = strings.Cut(full, "=== after\n")
 	if strings.Count(full, "\n") != 1 || !strings.Contains(full, "no space left on device") || !strings.Contains(full, mount) {
 		t.Errorf("the full disk is reported as\n%s", full)
+	}
+	_, begun, _ := strings.Cut(stderr.String(), "=== new\n")
+	if !strings.HasSuffix(begun, "no space left on device: free space on the volume of "+mount+"/new, or give another directory with --data\n") {
+		t.Errorf("to begin on a full disk is reported as\n%s", begun)
 	}
 	_, after, _ := strings.Cut(stdout.String(), "=== after\n")
 	if fields := strings.Fields(lineWith(after, " v1 ")); len(fields) < 3 || fields[2] != "keep" {
