@@ -30,11 +30,25 @@ const mostCold = 1.05
 // pulled, unpacked as it comes. It tells as well how long it takes without the
 // unpacking, which nobody waits for alone but which shows the cache's own cost
 // best, and what of the processor the cache takes for that.
-func (b *benchmark) coldPull() ([]line, error) {
+//
+// perSecond is what the network to the registry carries, in bytes; 0: as much as
+// the processors do, which registry, cache and containerd then share.
+func (b *benchmark) coldPull(perSecond float64, bounds bound) ([]line, error) {
 	made, err := b.seedPull()
 	if err != nil {
 		return nil, err
 	}
+	from := b.standalone.addr
+	if perSecond > 0 {
+		w, err := startWire(from, perSecond)
+		if err != nil {
+			return nil, err
+		}
+		defer w.stop()
+		from = w.addr
+	}
+	b.upstream = "https://" + from
+	defer func() { b.upstream = "" }()
 	d, err := b.startContainerd()
 	if err != nil {
 		return nil, err
@@ -48,7 +62,7 @@ func (b *benchmark) coldPull() ([]line, error) {
 	if err != nil {
 		return nil, err
 	}
-	whole := pulled.line("s", bound{most: mostCold})
+	whole := pulled.line("s", bounds)
 	worst := line{unit: "s worst", ours: slices.Max(pulled.ours), theirs: slices.Max(pulled.theirs)}
 	worst.ratio = worst.ours / worst.theirs
 	return []line{
@@ -70,7 +84,7 @@ func (b *benchmark) pulls(d *containerdProcess, unpack bool) (took samples, busy
 		if ours {
 			hosts = fmt.Sprintf("[host.'http://%s']\n", b.cache.addr)
 		}
-		hosts += fmt.Sprintf("[host.'https://%s']\n  ca = %q\n", b.standalone.addr, b.caFile())
+		hosts += fmt.Sprintf("[host.'%s']\n  ca = %q\n", b.upstream, b.caFile())
 		syscall.Sync() // what was written before is not this pull's to wait for
 		seconds, err := d.pull(hosts, unpack)
 		if err != nil {
