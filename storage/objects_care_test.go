@@ -255,6 +255,41 @@ func TestObjectsRequestsForAManifest(t *testing.T) {
 	}
 }
 
+// What is pushed is at hand, and not read back; what is collected is read with one
+// request for each manifest.
+func TestObjectsReadsOfAManifest(t *testing.T) {
+	var reads, looks atomic.Int64
+	b := &membucket.Bucket{Before: func(_ context.Context, method, key string) error {
+		if _, ok := parseBlobPath("/" + key); ok && method == "Open" {
+			reads.Add(1)
+		} else if ok && method == "Stat" {
+			looks.Add(1)
+		}
+		return nil
+	}}
+	s, r := onBucket(t, b)
+	subject := digest.FromString("subject")
+	content := manifestOf(subject, nil, nil, "")
+	d := digest.FromBytes(content)
+	if err := r.PutManifest(t.Context(), d, content, "latest"); err != nil || reads.Load() != 0 {
+		t.Errorf("%d reads, %v", reads.Load(), err)
+	}
+	var referrers []digest.Digest
+	for desc, err := range r.Referrers(t.Context(), subject, "") {
+		if err != nil {
+			t.Error(err)
+		}
+		referrers = append(referrers, desc.Digest)
+	}
+	if len(referrers) != 1 || referrers[0] != d {
+		t.Errorf("%s refer to the subject", referrers)
+	}
+	looks.Store(0)
+	if _, err := s.medium.peek(t.Context(), d); err != nil || reads.Load() != 1 || looks.Load() != 0 {
+		t.Errorf("%d reads and %d looks, %v", reads.Load(), looks.Load(), err)
+	}
+}
+
 // A file is uploaded in parts that hold all of it, sealed.
 func TestObjectsTakeFile(t *testing.T) {
 	for _, n := range []int{0, 1, 100, 101, 1000, 1050} {
