@@ -236,6 +236,7 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 		cancel(nil)
 		return nil, err
 	}
+	up.silences.answered()
 	if err := judge(up, resp, q); err != nil {
 		resp.Body.Close()
 		cancel(nil)
@@ -250,17 +251,17 @@ func (a *asker) askOne(ctx context.Context, up *upstream, q question, budget tim
 // request with credentials, since a wrong password takes long to refuse: then
 // only those who asked pass it over.
 func (a *asker) failed(up *upstream, q question, err *unavailable, budget time.Duration, began time.Time, connected bool) {
-	if q.again || errors.Is(err, errDown) {
-		return // it is known
-	}
-	m := matter{}
-	if up.health.answeredSince(began) || connected && q.auth != "" {
-		m.who = q.who
-	} else {
-		up.health.failed(time.Now().Add(a.timeouts.Retry))
-	}
-	if err.cause == "timeout" { // another failure costs no time
-		a.fellSilent(up, m, a.repeat(up, q, budget))
+	retry := time.Now().Add(a.timeouts.Retry)
+	switch again := a.repeat(up, q, budget); {
+	case err.cause != "timeout": // it costs nobody time
+		up.silences.answered()
+		up.health.failed(retry)
+	case q.again, errors.Is(err, errDown): // it is known
+	case up.health.answeredSince(began), connected && q.auth != "":
+		a.fellSilent(up, matter{who: q.who}, again)
+	default:
+		up.health.failed(retry)
+		a.fellSilent(up, matter{}, again)
 	}
 }
 

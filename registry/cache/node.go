@@ -36,12 +36,13 @@ func NodeRegistries(c *v1alpha1.NodeConfiguration, caFile string) map[string]Reg
 	return all
 }
 
-// Doubts reports whether an upstream is passed over because it does not answer.
+// Doubts reports whether an upstream has let requests wait in vain, and has not
+// answered since.
 func (c *Cache) Doubts() bool {
 	for _, reg := range *c.registries.Load() {
 		for _, group := range reg.upstreams {
 			for _, up := range group {
-				if up.silences.total() {
+				if up.silences.doubted.Load() {
 					return true
 				}
 			}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -32,6 +33,8 @@ func (m matter) covers(q question) bool {
 // a pull waits once, however many requests it makes. What was asked is asked anew
 // where nobody waits, until it is answered or has not been wanted for a while.
 type silences struct {
+	doubted atomic.Bool // there was one on everything, and no answer since
+
 	mu      sync.Mutex // guards everything below
 	about   map[matter]*silence
 	waiting map[*waiter]struct{} // for answers
@@ -94,11 +97,11 @@ func (s *silences) want(q question, ask again) {
 	}
 }
 
-// total reports whether the upstream is silent on everything.
-func (s *silences) total() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.about[matter{}] != nil
+// answered takes note that the upstream is not silent altogether.
+func (s *silences) answered() {
+	if s.doubted.Load() {
+		s.doubted.Store(false)
+	}
 }
 
 // begin reports whether a silence on m begins now, and when to ask again.
@@ -120,6 +123,7 @@ func (s *silences) begin(m matter, ask again) (delay time.Duration, ok bool) {
 	if m != (matter{}) {
 		return firstAgain, true
 	}
+	s.doubted.Store(true)
 	if time.Since(s.ended) < silenceMemory {
 		s.patient = min(relapse*s.patient, silenceMemory)
 	} else {

@@ -273,8 +273,16 @@ func TestSilenceIsForgotten(t *testing.T) {
 		if got := o.count(""); got != 0 {
 			t.Errorf("it was asked %d times", got)
 		}
+		if !n.Doubts() {
+			t.Error("it is trusted without an answer")
+		}
 		if r := n.get(blobURL("app", digest.FromString(""))); r.took != 1800*time.Millisecond {
 			t.Errorf("a request waited %s", r.took)
+		}
+		o.setFront(nil)
+		time.Sleep(mostAgain)
+		if n.Doubts() {
+			t.Error("it is doubted although it answers")
 		}
 	})
 }
