@@ -404,6 +404,11 @@ func (s *Standalone) openCache(c Config, mirrored []agent.Mirror) error {
 	if limits.MinFreeDisk != nil {
 		config.MinFreeDisk = limits.MinFreeDisk.Value()
 	}
+	if limits.OfflineAccess != "" {
+		if config.OfflineTTL, err = v1alpha1.ParseDuration(limits.OfflineAccess); err != nil {
+			return fmt.Errorf("spec.nodeCache.offlineAccess: %w", err)
+		}
+	}
 	if s.Cache, err = cache.New(config); err == nil {
 		s.Cache.SetPrefetch(prefetched(&c.Resource.Spec))
 	}

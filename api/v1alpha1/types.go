@@ -456,6 +456,10 @@ type NodeCache struct {
 	// MinFreeDisk is what the cache leaves free on its file system, for example
 	// "5Gi". Empty: the cache's own default.
 	MinFreeDisk *resource.Quantity `json:"minFreeDisk,omitempty"`
+	// OfflineAccess is for how long a client goes on to read what it was allowed
+	// to read while the registry cannot be asked, counted from the registry's
+	// last word: an ISO 8601 duration between PT1M and P366D. Default P30D.
+	OfflineAccess string `json:"offlineAccess,omitempty"`
 	// Peers lets nodes ask one another's caches before the registry.
 	Peers bool `json:"peers,omitempty"`
 	// PrefetchBandwidth is the most that prefetching takes on each node, in

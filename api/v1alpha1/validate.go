@@ -103,6 +103,9 @@ func validPrefix(p *field.Path, prefix string) field.ErrorList {
 func (c *NodeCache) validate(p *field.Path) field.ErrorList {
 	errs := validQuantity(p.Child("maxSize"), c.MaxSize)
 	errs = append(errs, validQuantity(p.Child("minFreeDisk"), c.MinFreeDisk)...)
+	if c.OfflineAccess != "" {
+		errs = append(errs, validDuration(p.Child("offlineAccess"), c.OfflineAccess, time.Minute, 366*24*time.Hour, "PT1M and P366D")...)
+	}
 	return append(errs, validQuantity(p.Child("prefetchBandwidth"), c.PrefetchBandwidth)...)
 }
 

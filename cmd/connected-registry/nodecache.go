@@ -67,7 +67,7 @@ type cacheOrder struct {
 
 // apart reports whether the cache has to begin anew to follow b.
 func (a cacheOrder) apart(b cacheOrder) bool {
-	return a.MaxSize != b.MaxSize || a.MinFreeDisk != b.MinFreeDisk || a.peering != b.peering
+	return a.MaxSize != b.MaxSize || a.MinFreeDisk != b.MinFreeDisk || a.OfflineTTL != b.OfflineTTL || a.peering != b.peering
 }
 
 func newNodeCache(c nodeCacheConfig) (*nodeCache, error) {
@@ -112,6 +112,12 @@ func (n *nodeCache) Configure(c *v1alpha1.NodeConfiguration, caFile string) erro
 	}
 	if q := c.NodeCache.MinFreeDisk; q != nil {
 		want.MinFreeDisk = q.Value()
+	}
+	if d := c.NodeCache.OfflineAccess; d != "" {
+		var err error
+		if want.OfflineTTL, err = v1alpha1.ParseDuration(d); err != nil {
+			return fmt.Errorf("nodeCache.offlineAccess: %w", err)
+		}
 	}
 	if _, err := cache.New(want.Config); err != nil {
 		return err

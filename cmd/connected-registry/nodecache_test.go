@@ -92,16 +92,32 @@ func TestNodeCache(t *testing.T) {
 		t.Error("began anew for another registry")
 	}
 	size := resource.MustParse("1Gi")
-	configuration.NodeCache.MaxSize = &size
-	if err := n.Configure(configuration, ""); err != nil {
-		t.Fatal(err)
+	for bounds, set := range map[string]func(*v1alpha1.NodeCache){
+		"size":           func(c *v1alpha1.NodeCache) { c.MaxSize = &size },
+		"offline access": func(c *v1alpha1.NodeCache) { c.OfflineAccess = "P7D" },
+	} {
+		set(&configuration.NodeCache)
+		if err := n.Configure(configuration, ""); err != nil {
+			t.Fatal(err)
+		}
+		await(t, bounds, func() bool {
+			n.mu.Lock()
+			now := n.running
+			n.mu.Unlock()
+			anew := now != nil && now != before && knows("docker.io")
+			if anew {
+				before = now
+			}
+			return anew
+		})
 	}
-	await(t, "other bounds", func() bool {
-		n.mu.Lock()
-		now := n.running
-		n.mu.Unlock()
-		return now != nil && now != before && knows("docker.io")
-	})
+	if got := n.want.OfflineTTL; got != 7*24*time.Hour {
+		t.Errorf("offline access for %s", got)
+	}
+	configuration.NodeCache.OfflineAccess = "a week"
+	if err := n.Configure(configuration, ""); err == nil || !strings.Contains(err.Error(), "nodeCache.offlineAccess") {
+		t.Errorf("no duration: %v", err)
+	}
 	if err := n.Configure(&v1alpha1.NodeConfiguration{}, ""); err == nil || !knows("docker.io") {
 		t.Errorf("a configuration of no use: %v", err)
 	}
