@@ -10,13 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
 func TestProbe(t *testing.T) {
-	status, header, hang := http.StatusUnauthorized, "registry/2.0", false
+	status, header := http.StatusUnauthorized, "registry/2.0"
+	var hang atomic.Bool
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if hang {
+		if hang.Load() {
 			<-r.Context().Done()
 			return
 		}
@@ -48,12 +50,12 @@ func TestProbe(t *testing.T) {
 			t.Fatal(err)
 		}
 		var stdout bytes.Buffer
-		err = run(t.Context(), append([]string{"probe", "--host=" + host, "--port=" + port, "--wait=100ms"}, args...), &stdout, &stdout)
+		err = run(t.Context(), append([]string{"probe", "--host=" + host, "--port=" + port, "--wait=300ms"}, args...), &stdout, &stdout)
 		return stdout.String(), err
 	}
 	serves := func(server *httptest.Server, args ...string) {
 		t.Helper()
-		if out, err := probe(server, args...); err != nil || !strings.HasSuffix(out, "/v2/ serves\n") {
+		if out, err := probe(server, append(args, "--wait=1m")...); err != nil || !strings.HasSuffix(out, "/v2/ serves\n") {
 			t.Errorf("%q, %v", out, err)
 		}
 	}
@@ -81,9 +83,9 @@ func TestProbe(t *testing.T) {
 	serves(secure, "--ca="+ca)
 	header = ""
 	fails("no registry, since Docker-Distribution-Api-Version is \"\": correct --host and --port$", secure, "--ca="+ca)
-	hang = true
+	hang.Store(true)
 	fails("it does not answer: see that it runs, and that nothing between stops the connection", secure, "--ca="+ca)
-	hang = false
+	hang.Store(false)
 	status = http.StatusServiceUnavailable
 	fails("503 Service Unavailable: see the log of its replicas", secure, "--ca="+ca)
 	secure.Close()
