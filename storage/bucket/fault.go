@@ -97,7 +97,7 @@ func (r remedies) describe(f fault) string {
 	case cut:
 		return fmt.Sprintf("the connection to %s broke, again and again (%s): look at its log, and at proxies and load balancers between", r.endpoint, f.code)
 	}
-	return f.code
+	return fmt.Sprintf("%s: the log of %s may say more; correct the endpoint, its http:// or https:// too, if no object store answers there", f.code, r.endpoint)
 }
 
 // network classifies what the way to an object store brings about. It shows no

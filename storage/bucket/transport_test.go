@@ -188,3 +188,12 @@ func TestTry(t *testing.T) {
 		}
 	})
 }
+
+// TestDescribeOther says what to do also about what is known of no object store,
+// such as the answer of a server of TLS that is spoken to in plain HTTP.
+func TestDescribeOther(t *testing.T) {
+	got := remedies{endpoint: "http://objects.example"}.describe(byStatus(http.StatusBadRequest, nil))
+	if want := "400 Bad Request: the log of http://objects.example may say more; correct the endpoint, its http:// or https:// too, if no object store answers there"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
