@@ -128,6 +128,14 @@ func (w *world) told() *v1alpha1.NodeConfiguration {
 	return c
 }
 
+// wantPrefetch compares what nodes are told to prefetch, and says when it was.
+func (w *world) wantPrefetch(want []v1alpha1.NodePrefetch, when string) {
+	w.t.Helper()
+	if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
+		w.t.Errorf("%s (-want +got):\n%s", when, diff)
+	}
+}
+
 // TestNodesChange follows labels, and does so at a pace.
 func TestNodesChange(t *testing.T) {
 	data := t.TempDir()
@@ -157,40 +165,30 @@ func TestNodesChange(t *testing.T) {
 		stop := w.run(w.config)
 		time.Sleep(10 * time.Second)
 		want := []v1alpha1.NodePrefetch{{Images: []string{"docker.io/team/cuda:12"}, Nodes: []string{"node-1"}}}
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
+		w.wantPrefetch(want, "at first")
 		if len(w.told().Mirrors[0].Prefetch) > 0 {
 			t.Error("nodes are told twice")
 		}
 		label("node-2", "yes")
 		time.Sleep(fleetInterval + time.Second)
 		want[0].Nodes = []string{"node-1", "node-2"}
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
+		w.wantPrefetch(want, "with another node labelled")
 
 		// While nodes cannot be asked about, what is known of them stays.
 		away.Store(true)
 		label("node-2", "no")
 		time.Sleep(5 * fleetInterval)
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("with the API server away (-want +got):\n%s", diff)
-		}
+		w.wantPrefetch(want, "with the API server away")
 		if err := stop(); err != nil {
 			t.Errorf("ended with %v", err)
 		}
 		stop = w.run(w.config) // a new leader, which knows of no nodes
 		time.Sleep(time.Minute)
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("with the API server away from the beginning (-want +got):\n%s", diff)
-		}
+		w.wantPrefetch(want, "with the API server away from the beginning")
 		away.Store(false)
 		time.Sleep(3 * fleetInterval)
 		want[0].Nodes = []string{"node-1"}
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
+		w.wantPrefetch(want, "with the API server back")
 		if err := stop(); err != nil {
 			t.Errorf("ended with %v", err)
 		}

@@ -183,9 +183,7 @@ func TestWorkloads(t *testing.T) {
 			{Images: []string{"docker.io/team/web:1"}, Except: []string{"node-2"}},
 		}
 		// By name, where they are of the same age.
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
+		w.wantPrefetch(want, "at first")
 		if w.told().NodeCache.PrefetchWorkloads {
 			t.Error("nodes are told twice")
 		}
@@ -195,9 +193,7 @@ func TestWorkloads(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(3 * fleetInterval)
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("without the right (-want +got):\n%s", diff)
-		}
+		w.wantPrefetch(want, "without the right")
 		if ready := fmt.Sprint(w.status().Conditions); !strings.Contains(ready, "kubectl apply -f manifests/prefetch-workloads.yaml") {
 			t.Errorf("the status does not say what to do: %s", ready)
 		}
@@ -205,15 +201,11 @@ func TestWorkloads(t *testing.T) {
 		w.changeNode("node-2", func(n *corev1.Node) { n.Spec.Taints = nil })
 		time.Sleep(3 * fleetInterval)
 		want = []v1alpha1.NodePrefetch{{Images: []string{"docker.io/team/web:1"}}}
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("-want +got:\n%s", diff)
-		}
+		w.wantPrefetch(want, "with the right, and a node without its taint")
 		w.changeNode("node-1", func(n *corev1.Node) { n.Spec.Unschedulable = true })
 		time.Sleep(2 * fleetInterval)
 		want[0].Except = []string{"node-1"}
-		if diff := cmp.Diff(want, w.told().Prefetch); diff != "" {
-			t.Errorf("after kubectl cordon (-want +got):\n%s", diff)
-		}
+		w.wantPrefetch(want, "after kubectl cordon")
 		if err := stop(); err != nil {
 			t.Errorf("ended with %v", err)
 		}
