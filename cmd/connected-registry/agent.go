@@ -302,6 +302,7 @@ is named, and does not make this fail: run "agent cleanup" there.`,
 			if err != nil {
 				return err
 			}
+			api.Timeout = max(api.Timeout, timeout) // all nodes of a large cluster are listed
 			config := daemon.UninstallConfig{API: api, Namespace: namespace, Timeout: timeout, Logger: logger(cmd.ErrOrStderr(), v1alpha1.LogLevelInformation)}
 			if cancel {
 				return explainAPI("calling it off", api.Host, daemon.CancelUninstall(cmd.Context(), config))
