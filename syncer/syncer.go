@@ -76,7 +76,8 @@ type Config struct {
 	// Logger takes the log. nil: none.
 	Logger *slog.Logger
 	// Progress is told what happens while it happens, from several goroutines,
-	// and must not block. nil: nobody is told.
+	// which wait for it, and hold no lock. Of EventFetched there are many: it must
+	// return from that at once. nil: nobody is told.
 	Progress func(Event)
 	// Metrics registers the syncer's metrics. nil: none are kept.
 	Metrics prometheus.Registerer
