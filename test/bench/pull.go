@@ -49,7 +49,7 @@ func (b *benchmark) coldPull(perSecond float64, bounds bound) ([]line, error) {
 	}
 	b.upstream = "https://" + from
 	defer func() { b.upstream = "" }()
-	d, err := b.startContainerd()
+	d, err := b.startContainerd(made.size + pullLayers*pullLayer)
 	if err != nil {
 		return nil, err
 	}
@@ -105,16 +105,28 @@ func (b *benchmark) pulls(d *containerdProcess, unpack bool) (took samples, busy
 type containerdProcess struct {
 	*process
 	client *containerd.Client
+	dir    string // all that it keeps
 	hosts  string // hosts.toml of cachedHost
 }
 
-func (b *benchmark) startContainerd() (*containerdProcess, error) {
+// startContainerd starts one that has room for size bytes. It keeps them in memory
+// where there is enough of it: how long a file system takes to create the files
+// of an image is not of interest, and varies.
+func (b *benchmark) startContainerd(size int64) (_ *containerdProcess, err error) {
 	program, err := containerdProgram()
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(b.dir, "containerd")
-	d := &containerdProcess{hosts: filepath.Join(dir, "certs.d", cachedHost, "hosts.toml")}
+	dir, err := b.roomFor(size)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	d := &containerdProcess{dir: dir, hosts: filepath.Join(dir, "certs.d", cachedHost, "hosts.toml")}
 	if err := os.MkdirAll(filepath.Dir(d.hosts), 0o755); err != nil {
 		return nil, err
 	}
@@ -178,6 +190,7 @@ func containerdProgram() (string, error) {
 func (d *containerdProcess) stop() {
 	_ = d.client.Close()
 	d.process.stop()
+	os.RemoveAll(d.dir)
 }
 
 // pull pulls the image by a hosts.toml, takes it out again, and returns how
