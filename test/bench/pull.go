@@ -54,11 +54,11 @@ func (b *benchmark) coldPull(perSecond float64, bounds bound) ([]line, error) {
 		return nil, err
 	}
 	defer d.stop()
-	pulled, _, err := b.pulls(d, made.size, true)
+	pulled, _, err := b.pulls(d, true)
 	if err != nil {
 		return nil, err
 	}
-	fetched, busy, err := b.pulls(d, made.size, false)
+	fetched, busy, err := b.pulls(d, false)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +74,7 @@ func (b *benchmark) coldPull(perSecond float64, bounds bound) ([]line, error) {
 
 // pulls has both sides pull in turns, until it is sure on which side of the bound
 // they are. busy is the processor time that the cache took for each pull.
-func (b *benchmark) pulls(d *containerdProcess, size int64, unpack bool) (took samples, busy []float64, err error) {
+func (b *benchmark) pulls(d *containerdProcess, unpack bool) (took samples, busy []float64, err error) {
 	enough := func() bool { return took.decided(mostCold) || !unpack }
 	err = turnsUntil(b.rounds+2, 4*b.rounds, enough, func(ours bool) error {
 		if err := b.restartCache(func() error { return os.RemoveAll(b.cacheDir) }); err != nil {
@@ -86,13 +86,6 @@ func (b *benchmark) pulls(d *containerdProcess, size int64, unpack bool) (took s
 		}
 		hosts += fmt.Sprintf("[host.'%s']\n  ca = %q\n", b.upstream, b.caFile())
 		syscall.Sync() // what was written before is not this pull's to wait for
-		if !ours {
-			release, err := b.holdPages(size)
-			if err != nil {
-				return err
-			}
-			defer release()
-		}
 		seconds, err := d.pull(hosts, unpack)
 		if err != nil {
 			return err
@@ -106,30 +99,6 @@ func (b *benchmark) pulls(d *containerdProcess, size int64, unpack bool) (took s
 		return nil
 	})
 	return took, busy, err
-}
-
-// holdPages has the kernel hold a file of so many bytes in memory, as it does with
-// what the cache stores, until it is released. Virtual machines get memory from
-// their host page by page, give back what is free, and are slow whenever they get
-// it anew. The pages that the cache takes are part of what it costs; that
-// containerd unpacks into other ones afterwards is not.
-func (b *benchmark) holdPages(size int64) (release func(), err error) {
-	f, err := os.CreateTemp(b.dir, "held-")
-	if err != nil {
-		return nil, err
-	}
-	release = func() {
-		f.Close()
-		os.Remove(f.Name())
-	}
-	chunk := bytes.Repeat([]byte{1}, 64<<10)
-	for at := int64(0); at < size; at += int64(len(chunk)) {
-		if _, err := f.WriteAt(chunk, at); err != nil {
-			release()
-			return nil, err
-		}
-	}
-	return release, nil
 }
 
 // containerdProcess is a containerd that pulls images, and no more.
