@@ -43,7 +43,8 @@ const (
 	silenceMemory = time.Minute
 	relapse       = 8
 
-	// maxSilences bounds on how many matters an upstream may be silent.
+	// maxSilences bounds on how many matters an upstream may be silent, besides
+	// everything.
 	maxSilences = 64
 
 	// maxBreaks is how often the download of a blob may break off and still go

@@ -108,7 +108,7 @@ func (s *silences) answered() {
 func (s *silences) begin(m matter, ask again) (delay time.Duration, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.about[m] != nil || len(s.about) >= maxSilences {
+	if s.about[m] != nil || len(s.about) >= maxSilences && m != (matter{}) {
 		return 0, false
 	}
 	if s.about == nil {

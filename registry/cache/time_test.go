@@ -287,6 +287,24 @@ func TestSilenceIsForgotten(t *testing.T) {
 	})
 }
 
+// TestManySilences checks that an upstream which is silent on many matters can
+// still be found to be silent on everything.
+func TestManySilences(t *testing.T) {
+	var s silences
+	begun := 0
+	for i := range 2 * maxSilences {
+		if _, ok := s.begin(matter{digest: digest.FromString(strconv.Itoa(i))}, nil); ok {
+			begun++
+		}
+	}
+	if begun != maxSilences {
+		t.Errorf("silent on %d matters, want %d", begun, maxSilences)
+	}
+	if _, ok := s.begin(matter{}, nil); !ok {
+		t.Error("it is waited for on everything else")
+	}
+}
+
 // TestSilenceEndsAllWaits has requests begin one after the other while the
 // upstream does not answer: when the first one has waited in vain, none does.
 func TestSilenceEndsAllWaits(t *testing.T) {
