@@ -279,8 +279,8 @@ func (b *benchmark) groups() []group {
 			{"cache: 100,000 blobs", b.manyBlobs},
 		}},
 		{"node cache, 1 GiB unpacked", "without", []benchCase{
-			{"cache: cold pull, 1 Gbit/s", func() ([]line, error) { return b.coldPull(gigabit, bound{most: mostCold}) }},
-			{"cache: cold pull, loopback", func() ([]line, error) { return b.coldPull(0, bound{most: mostCold}) }},
+			{"cache: cold pull, 1 Gbit/s", func() ([]line, error) { return b.coldPull(gigabit) }},
+			{"cache: cold pull, loopback", func() ([]line, error) { return b.coldPull(0) }},
 		}},
 		{fmt.Sprintf("node cache, at %d MiB/s", waveRate>>20), "1 client", []benchCase{
 			{"cache: 16 clients at once", b.wave},
