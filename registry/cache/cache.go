@@ -39,11 +39,12 @@ type Cache struct {
 	noRoom     recent[digest.Digest] // blobs that could not be stored
 	once       singleflight.Group
 
-	mu       sync.Mutex // guards everything below
-	stopping bool
-	fills    map[digest.Digest]*fill
-	requests sync.WaitGroup // added to under mu
-	work     sync.WaitGroup // downloads and writes that no request waits for
+	mu        sync.Mutex // guards everything below
+	stopping  bool
+	fills     map[digest.Digest]*fill
+	sequences map[sequenceKey]*sequence
+	requests  sync.WaitGroup // added to under mu
+	work      sync.WaitGroup // downloads and writes that no request waits for
 }
 
 // disk is what a running Cache keeps under Config.Dir.
@@ -71,6 +72,7 @@ func New(cfg Config) (*Cache, error) {
 		log:       cfg.Logger,
 		pseudonym: "connected-registry-" + strings.ToLower(rand.Text()),
 		fills:     make(map[digest.Digest]*fill),
+		sequences: make(map[sequenceKey]*sequence),
 	}
 	var err error
 	if c.metrics, err = newMetrics(cfg.Metrics, c.usage); err != nil {

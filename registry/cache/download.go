@@ -76,6 +76,8 @@ func (c *Cache) begin(ctx context.Context, f *fill, rq *request) (*source, *part
 // transfer writes the rest of the content, within limit as long as all readers
 // are patient.
 func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, limit *rate.Limiter) error {
+	place := c.takePlace(src.rq)
+	defer place.leave()
 	buf := make([]byte, fillChunk)
 	for p.offset < p.size {
 		n, err := src.read(ctx, buf[:min(int64(stepWithin(limit)), p.size-p.offset)])
@@ -87,6 +89,7 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, 
 			f.update(func() { f.written, f.moved, hurried = p.offset, later(f.moved, src.moved), f.readers > f.patient })
 			switch {
 			case limit == nil:
+				place.went(ctx, src.conn(), n)
 			case hurried:
 				src.leavePatient()
 			default:

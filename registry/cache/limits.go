@@ -47,6 +47,27 @@ const (
 	// everything.
 	maxSilences = 64
 
+	// aheadStretch is how long it is measured how much an image's downloads bring
+	// together, or longer until that is aheadSample, but not longer than
+	// longestStretch; aheadSettle is how long they settle before. What they bring
+	// while one goes ahead must be at least asFast of what they bring otherwise;
+	// that is compared anew aheadFor later. After it was less, it is tried again
+	// after aheadRetry, next time four times later, up to mostAheadRetry.
+	aheadSettle    = 50 * time.Millisecond
+	aheadStretch   = 50 * time.Millisecond
+	longestStretch = time.Second
+	aheadSample    = 2 << 20
+	asFast         = 0.8
+	aheadFor       = 2 * time.Second
+	aheadRetry     = 4 * time.Second
+	mostAheadRetry = time.Minute
+
+	// mostHeldBack is the longest that a download holds back before it reads on.
+	mostHeldBack = 100 * time.Millisecond
+
+	// sequenceMemory is among how many manifests a layer is looked for.
+	sequenceMemory = 32
+
 	// maxBreaks is how often the download of a blob may break off and still go
 	// on with the next upstream.
 	maxBreaks = 16

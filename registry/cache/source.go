@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"syscall"
 	"time"
 )
 
@@ -204,6 +205,14 @@ func (s *source) rewind(offset int64) {
 	s.close()
 	s.offset = offset
 	s.next = 0
+}
+
+// conn is what the next bytes come through, as far as that is known.
+func (s *source) conn() syscall.RawConn {
+	if s.body == nil {
+		return nil
+	}
+	return s.body.conn
 }
 
 func (s *source) close() {

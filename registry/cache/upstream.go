@@ -19,6 +19,7 @@ type registry struct {
 	cfg       Registry
 	upstreams []replicas // one for each of cfg.Upstreams
 	tokens    atomic.Pointer[tokenService]
+	pace      pace
 }
 
 // order returns whom to ask, one after the other.
