@@ -53,6 +53,8 @@ const wireChunk = 128 << 10
 // carry lives until either end closes.
 func (w *wire) carry(conn net.Conn) {
 	defer w.keep(conn)()
+	// What has passed the wire is at the other end.
+	_ = conn.(*net.TCPConn).SetWriteBuffer(wireChunk)
 	server, err := net.Dial("tcp", w.to)
 	if err != nil {
 		return
