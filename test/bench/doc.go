@@ -10,8 +10,8 @@
 //
 // It wants Linux, Go and nginx (the package nginx-light will do), root for the
 // containerd that unpacks with overlayfs, about 25 GiB of disk for temporary
-// files, and twenty minutes; with -run '^sync' it measures
-// synchronisation alone.
+// files, and an hour; with -run '^sync' it measures synchronisation
+// alone.
 //
 // It may import registry, registry/auth, registry/cache, storage and syncer, which
 // it serves from processes of its own where the program itself offers no way to
