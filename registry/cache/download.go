@@ -89,7 +89,7 @@ func (c *Cache) transfer(ctx context.Context, f *fill, p *partial, src *source, 
 			f.update(func() { f.written, f.moved, hurried = p.offset, later(f.moved, src.moved), f.readers > f.patient })
 			switch {
 			case limit == nil:
-				place.went(ctx, src.conn(), n)
+				place.went(ctx, src.conn(), n, p.size-p.offset)
 			case hurried:
 				src.leavePatient()
 			default:

@@ -175,9 +175,10 @@ func (s *sequence) share() {
 	s.wake()
 }
 
-// went takes note of n bytes more, read from conn, and returns when the next may
-// be read: at once, or after holding back for those that go ahead.
-func (p *place) went(ctx context.Context, conn syscall.RawConn, n int) {
+// went takes note of n bytes more, read from conn, and returns when the rest, of
+// so many bytes, may be read: at once, or after holding back for those that go
+// ahead. A rest that comes at one go is not worth that.
+func (p *place) went(ctx context.Context, conn syscall.RawConn, n int, rest int64) {
 	if p == nil {
 		return
 	}
@@ -185,7 +186,7 @@ func (p *place) went(ctx context.Context, conn syscall.RawConn, n int) {
 	s.mu.Lock()
 	p.conn = conn
 	s.compare(int64(n))
-	holdBack, changed := s.leads && s.places[0] != p, s.changed
+	holdBack, changed := s.leads && s.places[0] != p && rest > fillChunk, s.changed
 	s.mu.Unlock()
 	if !holdBack {
 		return

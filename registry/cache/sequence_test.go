@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"path"
 	"strconv"
 	"sync"
 	"testing"
@@ -39,6 +40,27 @@ func (l *link) carry(download string, n int64) {
 	time.Sleep(time.Until(at))
 }
 
+// serve answers with the bodies over the link.
+func (l *link) serve(bodies map[digest.Digest][]byte) func(http.ResponseWriter, *http.Request) bool {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		d := digest.Digest(path.Base(r.URL.Path))
+		body := bodies[d]
+		if body == nil || r.Method != http.MethodGet {
+			return false
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		for len(body) > 0 {
+			part := body[:min(len(body), 64<<10)]
+			l.carry(d.String(), int64(len(part)))
+			if _, err := w.Write(part); err != nil {
+				return true
+			}
+			body = body[len(part):]
+		}
+		return true
+	}
+}
+
 // layersOf are the digests of an image's layers.
 func layersOf(image string, n int) (layers []digest.Digest) {
 	for i := range n {
@@ -66,8 +88,8 @@ func load(c *Cache, reg *registry, l *link, d digest.Digest, size int64) time.Du
 	for size > 0 {
 		n := min(size, fillChunk)
 		l.carry(d.String(), n)
-		p.went(context.Background(), nil, int(n))
 		size -= n
+		p.went(context.Background(), nil, int(n), size)
 	}
 	return time.Since(began)
 }
@@ -121,6 +143,33 @@ func TestSequence(t *testing.T) {
 	}
 }
 
+// TestSmallLayer checks that what comes at one go is not held up behind a layer
+// that goes ahead.
+func TestSmallLayer(t *testing.T) {
+	bubble(t, "", func(t *testing.T, n *network) {
+		o := n.serve(t, "up:80")
+		large := [][]byte{random(16<<20, 60), random(16<<20, 61)}
+		small := random(32<<10, 62)
+		layers := []digest.Digest{o.blob("app", large[0]), o.blob("app", large[1]), o.blob("app", small)}
+		o.manifest("app", "latest", testManifest(layers...))
+		l := &link{perSecond: 16 << 20}
+		o.setFront(l.serve(map[digest.Digest][]byte{layers[0]: large[0], layers[1]: large[1]}))
+		nd := n.run(t, "up:80")
+		nd.get(manifestURL("app", "latest"))
+		var all sync.WaitGroup
+		for i, body := range large {
+			all.Go(func() { nd.wantBlob(nd.get(blobURL("app", layers[i])), body, "fwd=miss; stored") })
+		}
+		time.Sleep(time.Second)
+		began := time.Now()
+		nd.wantBlob(nd.get(blobURL("app", layers[2])), small, "fwd=miss; stored")
+		if took := time.Since(began); took > 10*time.Millisecond {
+			t.Errorf("a small layer took %v", took)
+		}
+		all.Wait()
+	})
+}
+
 // TestSequenceRemembers checks that a registry where going ahead cost time is
 // spared it for other images, for a while.
 func TestSequenceRemembers(t *testing.T) {
@@ -158,7 +207,7 @@ func TestSequenceOfTheStalled(t *testing.T) {
 					defer p.leave()
 					for range 300 {
 						l.carry("", fillChunk)
-						p.went(context.Background(), nil, fillChunk)
+						p.went(context.Background(), nil, fillChunk, 100*mega)
 					}
 					if !ends {
 						<-stalled
@@ -271,31 +320,16 @@ func TestLayersComeInSequence(t *testing.T) {
 	bubble(t, "", func(t *testing.T, n *network) {
 		o := n.serve(t, "up:80")
 		var layers []digest.Digest
-		bodies := make(map[string][]byte)
+		bodies := make(map[digest.Digest][]byte)
 		for i := range 3 {
 			body := random(16<<20, byte(50+i))
 			d := o.blob("app", body)
 			layers = append(layers, d)
-			bodies["/v2/app/blobs/"+d.String()] = body
+			bodies[d] = body
 		}
 		o.manifest("app", "latest", testManifest(layers...))
 		l := &link{perSecond: 64 << 20}
-		o.setFront(func(w http.ResponseWriter, r *http.Request) bool {
-			body := bodies[r.URL.Path]
-			if body == nil || r.Method != http.MethodGet {
-				return false
-			}
-			w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-			for len(body) > 0 {
-				part := body[:min(len(body), 64<<10)]
-				l.carry("", int64(len(part)))
-				if _, err := w.Write(part); err != nil {
-					return true
-				}
-				body = body[len(part):]
-			}
-			return true
-		})
+		o.setFront(l.serve(bodies))
 		nd := n.run(t, "up:80")
 		nd.get(manifestURL("app", "latest"))
 		began := time.Now()
@@ -303,7 +337,7 @@ func TestLayersComeInSequence(t *testing.T) {
 		var all sync.WaitGroup
 		for _, i := range []int{2, 0, 1} {
 			all.Go(func() {
-				nd.wantBlob(nd.get(blobURL("app", layers[i])), bodies["/v2/app/blobs/"+layers[i].String()], "fwd=miss; stored")
+				nd.wantBlob(nd.get(blobURL("app", layers[i])), bodies[layers[i]], "fwd=miss; stored")
 				took[i] = time.Since(began)
 			})
 			synctest.Wait()
